@@ -1,0 +1,99 @@
+"""`config.pbtxt` as data: a dataclass in, protobuf text out. Pure: no file, no clock, no other module.
+
+The fields are those of Triton's `ModelConfig` message (model_config.proto) that the exporters use. The text is stable,
+so that two exports of the same order are equal byte by byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+DATA_TYPES = frozenset(
+    f"TYPE_{name}"
+    for name in "BOOL UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64 FP16 FP32 FP64 STRING BF16".split()
+)
+INSTANCE_KINDS = frozenset({"KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"})
+_SHORT_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output. `dims` without the batch dimension, -1 for a variable one."""
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...] = (1,)
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data_type not in DATA_TYPES:
+            raise ValueError(f"tensor {self.name!r}: unknown data type {self.data_type!r}")
+        if not self.dims or any(size == 0 or size < -1 for size in self.dims):
+            raise ValueError(f"tensor {self.name!r}: bad dims {self.dims!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model. `parameters` are Triton's free string parameters, written sorted by key."""
+
+    name: str
+    backend: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    max_batch_size: int = 0
+    decoupled: bool = False
+    instance_kind: str = "KIND_AUTO"
+    instance_count: int = 1
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.instance_kind not in INSTANCE_KINDS:
+            raise ValueError(f"model {self.name!r}: unknown instance kind {self.instance_kind!r}")
+
+
+def quote(text: str) -> str:
+    """A protobuf text-format string literal. Control characters become octal escapes, everything else stays UTF-8.
+
+    A lone surrogate has no UTF-8 form and raises UnicodeEncodeError.
+    """
+    text.encode("utf-8")
+    return '"' + "".join(_SHORT_ESCAPES.get(char) or _printable(char) for char in text) + '"'
+
+
+def _printable(char: str) -> str:
+    if ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0:
+        return "".join(f"\\{byte:03o}" for byte in char.encode("utf-8"))
+    return char
+
+
+def _tensor_lines(field_name: str, tensor: Tensor) -> list[str]:
+    lines = [
+        f"{field_name} {{",
+        f"  name: {quote(tensor.name)}",
+        f"  data_type: {tensor.data_type}",
+        f"  dims: [ {', '.join(str(size) for size in tensor.dims)} ]",
+    ]
+    if tensor.optional:
+        lines.append("  optional: true")
+    return [*lines, "}"]
+
+
+def render(config: ModelConfig) -> str:
+    """The text of `config.pbtxt`, ending in a newline."""
+    lines = [
+        f"name: {quote(config.name)}",
+        f"backend: {quote(config.backend)}",
+        f"max_batch_size: {config.max_batch_size}",
+    ]
+    for tensor in config.inputs:
+        lines += _tensor_lines("input", tensor)
+    for tensor in config.outputs:
+        lines += _tensor_lines("output", tensor)
+    lines += ["instance_group {", f"  count: {config.instance_count}", f"  kind: {config.instance_kind}", "}"]
+    if config.decoupled:
+        lines += ["model_transaction_policy {", "  decoupled: true", "}"]
+    for key in sorted(config.parameters):
+        value = quote(config.parameters[key])
+        lines += ["parameters {", f"  key: {quote(key)}", f"  value {{ string_value: {value} }}", "}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,140 @@
+"""Files on disk: a model appears in the repository complete or not at all. Its one rule: stage, hash, rename.
+
+    <out>/<name>/config.pbtxt  manifest.json  1/model.py ...
+    <out>/.staging-XXXX/<name>/...   while it is being written; holds a lock, swept by the next export after a crash
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from exporters.errors import UserError
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+STAGING_PREFIX = ".staging-"
+MANIFEST = "manifest.json"
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100      # fcntl.h
+
+
+def check_name(name: str) -> str:
+    """`name` if it may be a Triton model name and a folder: no separators, no leading dot, plain ASCII."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise UserError(
+            f"bad model name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
+    return name
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """`{relative path: {sha256, size_bytes}}` of every file under `folder` but the manifest, sorted by path."""
+    hashes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        relative = path.relative_to(folder).as_posix()
+        if relative == MANIFEST:
+            continue
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        hashes[relative] = {"sha256": digest, "size_bytes": path.stat().st_size}
+    return hashes
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `manifest.json` with `facts`, the UTC time and the hashes of all files; returns what was written."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    manifest = {"manifest_version": 1, **facts, "created_utc": created, "files": hash_files(folder)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported model, or a UserError."""
+    path = folder / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; export the model with `tritonmark export`") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); export the model again with --force") from None
+
+
+@contextlib.contextmanager
+def staged(out: Path, name: str, force: bool = False) -> Iterator[Path]:
+    """A new folder to fill; when the block ends well it becomes `out/name`, else it vanishes.
+
+    An existing target is a UserError, or with `force` is exchanged in one step, so that a reader sees the old
+    model or the new one. Of two exports of one name that run at once, the first to finish wins.
+    """
+    target = out / check_name(name)
+    if not force:
+        _refuse_existing(target)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=out))
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror}); choose another folder with --out") from None
+    lock = (staging / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        folder = staging / name
+        folder.mkdir()
+        yield folder
+        _publish(folder, target, force)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        lock.close()
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists; pass --force to replace it or --name for another name")
+
+
+def _sweep(out: Path) -> None:
+    """Remove what crashed exports left: a staging folder whose lock nobody holds."""
+    for staging in out.glob(f"{STAGING_PREFIX}*"):
+        try:
+            with (staging / "lock").open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(staging, ignore_errors=True)
+        except OSError:
+            continue  # in use by another export, or so young that it has no lock yet
+
+
+def _publish(folder: Path, target: Path, force: bool) -> None:
+    """Rename `folder` to `target`. With `force` the old one ends up in the staging folder, which is removed."""
+    try:
+        os.rename(folder, target)  # noqa: PTH104 (os.rename refuses a folder that is not empty; so may others)
+        return
+    except OSError:
+        if not force:
+            _refuse_existing(target)
+            raise
+    if target.is_symlink() or not target.is_dir():
+        raise UserError(f"{target} is not a folder, so --force does not replace it; remove it by hand")
+    if not _exchange(folder, target):  # a file system without exchange: two renames, a short gap between them
+        target.rename(folder.with_name("replaced"))
+        folder.rename(target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step with Linux's renameat2; False where it is not available."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    return (
+        libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+    )

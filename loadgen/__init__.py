@@ -1,0 +1,1 @@
+"""Tritonmark load generator: MLPerf scenarios over a network server, open loop, every request a row."""

@@ -1,0 +1,283 @@
+"""Records → Summary. `METRICS` is the one table of names, units, directions and formulas.
+
+Code, reports, docs and dashboards read this table; a metric that is not in it does not exist. Percentiles are
+LoadGen's, `sorted[floor(n * p)]` without interpolation, over *every* measured row: a failed request counts as slower
+than any that completed, so failures can never make a run look fast. An infinite percentile is None in a summary.
+
+"from due" starts the clock when the schedule wanted the request sent (MLPerf's rule, no coordinated omission); "from
+send" starts it when the bytes left, hides client and queueing delay, and is shown beside it for comparison only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from loadgen.core.record import NEVER, Bool, Int64, Outcome, Rows
+from loadgen.core.scenario import Kind, Limits, Scenario
+
+PERCENTILES = (0.50, 0.90, 0.95, 0.97, 0.99, 0.999)
+Summary = dict[str, Any]
+
+
+def percentile_name(p: float) -> str:
+    """0.99 → "p99", 0.999 → "p99.9"."""
+    return f"p{p * 100:.10g}"
+
+
+class GapHistogram:
+    """Pooled gaps between responses, in constant memory: log-spaced bins 0.034 % wide (1/2048 of an octave).
+
+    A million streams of a hundred tokens have 10^8 gaps; exact percentiles would need them all. Reported values are
+    the upper edge of their bin, so they err by at most 0.034 %, upwards.
+    """
+
+    BINS_PER_OCTAVE = 2048
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(45 * self.BINS_PER_OCTAVE, dtype=np.int64)  # 1 ns to 9.7 hours
+        self.total_ns = 0
+
+    def add(self, gaps_ns: Int64) -> None:
+        """Counts an array of gaps, in ns."""
+        bins = np.ceil(np.log2(np.maximum(gaps_ns, 1)) * self.BINS_PER_OCTAVE).astype(np.int64)
+        self.counts += np.bincount(np.minimum(bins, len(self.counts) - 1), minlength=len(self.counts))
+        self.total_ns += int(gaps_ns.sum())
+
+    def describe(self) -> Summary:
+        """count, mean, min, max and percentiles, in ns, like `describe`."""
+        count = int(self.counts.sum())
+        if not count:
+            return {"count": 0, "failed": 0}
+        cumulative = np.cumsum(self.counts)
+        edges = {percentile_name(p): int(np.searchsorted(cumulative, int(count * p), "right")) for p in PERCENTILES}
+        edges |= {"min": int(np.flatnonzero(self.counts)[0]), "max": int(np.flatnonzero(self.counts)[-1])}
+        values = {name: round(2 ** (bin_ / self.BINS_PER_OCTAVE)) for name, bin_ in edges.items()}
+        return {"count": count, "failed": 0, "mean": self.total_ns / count, **values}
+
+
+def describe(values: Int64, failed: int) -> Summary:
+    """count, failed, mean, min, max and LoadGen percentiles of `values`, with `failed` infinite values behind them."""
+    values = np.sort(values)
+    n = len(values) + failed
+    out: Summary = {"count": len(values), "failed": failed}
+    if len(values):
+        out |= {"mean": float(values.mean()), "min": int(values[0]), "max": int(values[-1])}
+    for p in PERCENTILES if n else ():
+        index = int(n * p)
+        out[percentile_name(p)] = int(values[index]) if index < len(values) else None
+    return out
+
+
+@dataclass(frozen=True)
+class Context:
+    """What formulas may ask for besides the rows."""
+
+    kind: Kind
+    limits: Limits
+
+    def window_ns(self, rows: Rows) -> int:
+        """From T0 to the last response of the run: the honest window, in which every counted token was made."""
+        done = rows.done_ns[rows.ok]
+        return int(done.max()) if len(done) else 0
+
+    def loadgen_window_ns(self, rows: Rows) -> int:
+        """LoadGen's window: for Server, to the completion of the query *scheduled* last; otherwise as `window_ns`."""
+        ok = np.flatnonzero(rows.ok)
+        if self.kind is not Kind.SERVER or not len(ok):
+            return self.window_ns(rows)
+        last = ok[np.lexsort((rows.seq[ok], rows.due_ns[ok]))[-1]]
+        return int(rows.done_ns[last])
+
+
+def ttft(rows: Rows) -> Int64:
+    return (rows.first_ns - rows.due_ns)[_answered(rows)]
+
+
+def tpot(rows: Rows) -> Int64:
+    """LoadGen's integer division; one-token answers have no TPOT."""
+    some = _answered(rows) & (rows.tokens_out > 1)
+    return ((rows.done_ns - rows.first_ns)[some] // (rows.tokens_out[some] - 1)).astype(np.int64)
+
+
+def query_latency(rows: Rows) -> Int64:
+    """Per query: from due to the end of its last sample. A query with a failed sample is left out here."""
+    queries, index = np.unique(rows.query, return_inverse=True)
+    latency = np.full(len(queries), NEVER)
+    np.maximum.at(latency, index, rows.done_ns - rows.due_ns)
+    failed = np.zeros(len(queries), dtype=bool)
+    failed[index[~rows.ok]] = True
+    return latency[~failed]
+
+
+def gaps(rows: Rows) -> Int64:
+    """Times between consecutive responses of the same stream, pooled over completed rows, in ns."""
+    if not len(rows.chunk_ns):
+        return np.empty(0, dtype=np.int64)
+    steps = np.diff(rows.chunk_ns)
+    row_of_chunk = np.repeat(np.arange(len(rows)), np.diff(rows.chunk_offsets))
+    keep = (row_of_chunk[1:] == row_of_chunk[:-1]) & rows.ok[row_of_chunk[1:]]
+    return np.asarray(steps[keep])
+
+
+def within_limits(rows: Rows, limits: Limits) -> Bool:
+    """Rows that completed inside every limit that is set, jointly: the numerator of goodput."""
+    good = rows.ok.copy()
+    if limits.ttft_ns is not None:
+        good &= (rows.first_ns != NEVER) & (rows.first_ns - rows.due_ns <= limits.ttft_ns)
+    if limits.tpot_ns is not None:
+        decode = np.where(rows.tokens_out > 1, (rows.done_ns - rows.first_ns) // np.maximum(rows.tokens_out - 1, 1), 0)
+        good &= decode <= limits.tpot_ns
+    if limits.e2e_ns is not None:
+        good &= rows.done_ns - rows.due_ns <= limits.e2e_ns
+    return good
+
+
+def peak_in_flight(rows: Rows) -> int:
+    """Most requests that were between send and done at one time."""
+    sent = rows.sent_ns[rows.sent_ns != NEVER]
+    done = rows.done_ns[(rows.sent_ns != NEVER) & (rows.done_ns != NEVER)]
+    times = np.concatenate([done, sent])  # at equal times an end comes before a start
+    order = np.argsort(times, kind="stable")
+    steps = np.concatenate([np.full(len(done), -1), np.ones(len(sent), dtype=np.int64)])[order]
+    return int(np.cumsum(steps).max(initial=0))
+
+
+def _answered(rows: Rows) -> Bool:
+    return np.asarray(rows.ok & (rows.first_ns != NEVER))
+
+
+def _rate(amount: float, window_ns: int) -> float | None:
+    return amount / (window_ns / 1e9) if window_ns > 0 else None
+
+
+Values = Int64 | float | int | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the table: `unit` "ns" is a distribution over rows, everything else one number for the run."""
+
+    name: str
+    label: str
+    unit: str
+    better: str  # "lower", "higher" or "" where neither is better
+    help: str
+    formula: Callable[[Rows, Context], Values]
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("ttft_ns", "TTFT", "ns", "lower", "time to first token: first response with a token − due",
+           lambda r, c: ttft(r)),
+    Metric("tpot_ns", "TPOT", "ns", "lower", "time per output token: (done − first) / (output tokens − 1), per request",
+           lambda r, c: tpot(r)),
+    Metric("itl_ns", "ITL", "ns", "lower",
+           "inter-token latency: gaps between consecutive responses, pooled; a response may carry several tokens",
+           lambda r, c: gaps(r)),
+    Metric("e2e_ns", "E2E", "ns", "lower", "end-to-end latency: done − due",
+           lambda r, c: (r.done_ns - r.due_ns)[r.ok]),
+    Metric("query_ns", "Query", "ns", "lower", "query latency: end of the query's last sample − due",
+           lambda r, c: query_latency(r)),
+    Metric("ttft_sent_ns", "TTFT from send", "ns", "lower", "first response with a token − send; hides client delay",
+           lambda r, c: (r.first_ns - r.sent_ns)[_answered(r)]),
+    Metric("e2e_sent_ns", "E2E from send", "ns", "lower", "done − send; hides client delay",
+           lambda r, c: (r.done_ns - r.sent_ns)[r.ok]),
+    Metric("qps", "QPS", "1/s", "higher", "completed requests / time from T0 to the last response",
+           lambda r, c: _rate(int(r.ok.sum()), c.window_ns(r))),
+    Metric("tokens_per_s", "tokens/s", "tokens/s", "higher",
+           "output tokens of completed requests / time to the last response",
+           lambda r, c: _rate(int(r.tokens_out[r.ok].sum()), c.window_ns(r))),
+    Metric("loadgen_qps", "QPS (LoadGen)", "1/s", "higher",
+           "LoadGen's figure: for Server (completed − 1) / completion time of the query scheduled last",
+           lambda r, c: _rate(int(r.ok.sum()) - (c.kind is Kind.SERVER), c.loadgen_window_ns(r))),
+    Metric("loadgen_tokens_per_s", "tokens/s (LoadGen)", "tokens/s", "higher",
+           "LoadGen's figure: all tokens / completion time of the query scheduled last",
+           lambda r, c: _rate(int(r.tokens_out[r.ok].sum()), c.loadgen_window_ns(r))),
+    Metric("goodput_qps", "goodput", "1/s", "higher", "requests inside all latency limits / time to the last response",
+           lambda r, c: _rate(int(within_limits(r, c.limits).sum()), c.window_ns(r))),
+    Metric("goodput_share", "goodput share", "ratio", "higher", "requests inside all latency limits / all scheduled",
+           lambda r, c: float(within_limits(r, c.limits).mean()) if len(r) else None),
+    Metric("duration_s", "duration", "s", "", "from T0 to the last response", lambda r, c: c.window_ns(r) / 1e9),
+    Metric("scheduled", "scheduled", "requests", "", "measured rows: ok + error + timeout + shed + cut",
+           lambda r, c: len(r)),
+    Metric("queries", "queries", "queries", "", "measured queries", lambda r, c: len(np.unique(r.query))),
+    Metric("completed", "completed", "requests", "higher", "rows with outcome ok", lambda r, c: int(r.ok.sum())),
+    Metric("failed", "failed", "requests", "lower", "rows with any other outcome", lambda r, c: int((~r.ok).sum())),
+    Metric("tokens_in", "tokens in", "tokens", "", "prompt tokens of completed requests, by the server's count",
+           lambda r, c: int(r.tokens_in[r.ok & (r.tokens_in != NEVER)].sum())),
+    Metric("tokens_out", "tokens out", "tokens", "higher",
+           "output tokens of completed requests, by the server's count",
+           lambda r, c: int(r.tokens_out[r.ok].sum())),
+    Metric("tokens_per_response", "tokens/response", "tokens", "",
+           "mean tokens in a response; 1 means that ITL is a true inter-token gap",
+           lambda r, c: float(r.chunk_tokens.mean()) if len(r.chunk_tokens) else None),
+    Metric("peak_in_flight", "peak in flight", "requests", "", "most requests between send and done",
+           lambda r, c: peak_in_flight(r)),
+)  # fmt: skip
+
+
+def summarise(batches: Iterable[Rows], scenario: Scenario) -> tuple[Summary, Rows]:
+    """Folds batches of rows into a summary; also returns the measured rows without their chunk lists.
+
+    Memory: about 150 bytes a row, whatever the number of tokens, since chunks are folded batch by batch.
+    """
+    histogram, tokens, responses = GapHistogram(), 0, 0
+    kept: list[Rows] = []
+    for batch in batches:
+        rows = select(batch, batch.measured)
+        histogram.add(gaps(rows))
+        tokens, responses = tokens + int(rows.chunk_tokens.sum()), responses + len(rows.chunk_tokens)
+        kept.append(without_chunks(rows))
+    rows = concatenate(kept)
+    context = Context(scenario.kind, scenario.limits)
+    summary: Summary = {}
+    for metric in METRICS:
+        if metric.name == "itl_ns":
+            summary[metric.name] = histogram.describe()
+        elif metric.name == "tokens_per_response":
+            summary[metric.name] = tokens / responses if responses else None
+        elif metric.unit == "ns":
+            values = np.asarray(metric.formula(rows, context))
+            summary[metric.name] = describe(values, _failures(metric.name, rows, len(values)))
+        else:
+            summary[metric.name] = metric.formula(rows, context)
+    summary["outcomes"] = {o.value: int((rows.outcome == o.value).sum()) for o in Outcome}
+    return summary, rows
+
+
+def _failures(name: str, rows: Rows, present: int) -> int:
+    """How many infinite values stand behind `present` finite ones: failed rows, or queries with a failed sample."""
+    if name == "query_ns":
+        return len(np.unique(rows.query)) - present
+    return int((~rows.ok).sum())
+
+
+def select(rows: Rows, keep: Bool) -> Rows:
+    """The rows where `keep` is true, chunks included."""
+    lengths = np.diff(rows.chunk_offsets)
+    chunk_keep = np.repeat(keep, lengths)
+    columns = {f.name: getattr(rows, f.name)[keep] for f in fields(Rows) if not f.name.startswith("chunk_")}
+    offsets = np.concatenate([[0], np.cumsum(lengths[keep])])
+    return Rows(**columns, chunk_offsets=offsets, chunk_ns=rows.chunk_ns[chunk_keep],
+                chunk_tokens=rows.chunk_tokens[chunk_keep])  # fmt: skip
+
+
+def without_chunks(rows: Rows) -> Rows:
+    """The same rows with empty chunk lists, so that millions fit in memory."""
+    columns = {f.name: getattr(rows, f.name) for f in fields(Rows) if not f.name.startswith("chunk_")}
+    empty = np.empty(0, dtype=np.int64)
+    return Rows(**columns, chunk_offsets=np.zeros(len(rows) + 1, dtype=np.int64), chunk_ns=empty, chunk_tokens=empty)
+
+
+def concatenate(parts: list[Rows]) -> Rows:
+    """Rows of several batches as one, chunks included. Raises ValueError on an empty list."""
+    if not parts:
+        raise ValueError("no batches to concatenate")
+    columns = {
+        f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Rows) if f.name != "chunk_offsets"
+    }
+    lengths = np.concatenate([np.diff(p.chunk_offsets) for p in parts])
+    return Rows(**columns, chunk_offsets=np.concatenate([[0], np.cumsum(lengths)]))

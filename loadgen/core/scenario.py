@@ -1,0 +1,101 @@
+"""What to do: a scenario as resolved data, complete before the first request and sealed with the run.
+
+Names and meanings are MLPerf LoadGen's (inference rules v6.1): *SingleStream* and *MultiStream* are closed loops of
+one query at a time, *Server* (and *Interactive*, the same with tighter limits) is an open Poisson process, *Offline*
+makes everything due at once. *Concurrency* is ours: a fixed number of requests in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Kind(StrEnum):
+    """How slots come about. Interactive is a Server with other limits, so it has no kind of its own."""
+
+    SINGLE_STREAM = "SingleStream"
+    MULTI_STREAM = "MultiStream"
+    SERVER = "Server"
+    OFFLINE = "Offline"
+    CONCURRENCY = "Concurrency"
+
+    @property
+    def open_loop(self) -> bool:
+        """True where due times are fixed before the run."""
+        return self in (Kind.SERVER, Kind.OFFLINE)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Latency limits in ns at the scenario's percentile; None means that there is no such limit."""
+
+    ttft_ns: int | None = None
+    tpot_ns: int | None = None
+    e2e_ns: int | None = None
+
+
+@dataclass(frozen=True)
+class Minimums:
+    """What a run must reach to count: duration, queries, and LoadGen's early-stopping test."""
+
+    duration_ns: int = 0
+    queries: int = 0
+    early_stopping: bool = False
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """LoadGen's three random streams; values are announced for each MLPerf round."""
+
+    qsl: int
+    sample: int
+    schedule: int
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One scenario, with every default filled in.
+
+    `minimums` decide VALID or INVALID of this run; `mlperf` holds the minimums of the MLPerf rules, so that a shorter
+    preset can say exactly what it lacks. `target_qps` is the arrival rate of Server and the expected rate of Offline.
+    """
+
+    name: str
+    kind: Kind
+    preset: str
+    rules: str
+    benchmark: str
+    percentile: float
+    limits: Limits
+    minimums: Minimums
+    mlperf: Minimums
+    seeds: Seeds
+    target_qps: float | None = None
+    arrivals: str = "poisson"
+    concurrency: int = 1
+    samples_per_query: int = 1
+    max_in_flight: int = 4096
+    warmup: int = 4
+    output_tokens: int = 64
+    timeout_s: float = 600.0
+    prompts: str = "builtin"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain types, for `run.json` and for the message that workers receive."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Scenario:
+        """The inverse of `to_json`. Raises TypeError or KeyError on a document of another schema."""
+        return cls(
+            **{
+                **data,
+                "kind": Kind(data["kind"]),
+                "limits": Limits(**data["limits"]),
+                "minimums": Minimums(**data["minimums"]),
+                "mlperf": Minimums(**data["mlperf"]),
+                "seeds": Seeds(**data["seeds"]),
+            }
+        )
