@@ -92,6 +92,8 @@ def staged(out: Path, name: str, force: bool = False) -> Iterator[Path]:
         folder = staging / name
         folder.mkdir()
         yield folder
+        for path in folder.rglob("*"):  # safetensors makes files that only their owner may read; Triton may be another
+            path.chmod(0o755 if path.is_dir() else 0o644)
         _publish(folder, target, force)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -9,8 +9,8 @@ Read from LoadGen 6.0.17 (`GenerateLoadableSets`, `SampleDistribution*`, `Genera
 libstdc++ 11 and later (`std::shuffle`, `std::uniform_int_distribution`); an older or another C++ library orders
 samples differently. Results are int64 arrays of indices into the data set.
 
->>> equal_issue(loaded_set(4, 4, qsl_seed=1), count=8, sample_seed=2, min_queries=8).tolist()
-[]
+>>> equal_issue(loaded_set(5, 5, qsl_seed=1), count=10, sample_seed=2, min_queries=10).tolist()
+[2, 1, 0, 4, 3, 0, 1, 2, 3, 4]
 """
 
 from __future__ import annotations
@@ -123,9 +123,7 @@ def equal_issue(loaded: Int64, count: int, sample_seed: int, min_queries: int) -
     return samples
 
 
-def multi_stream(
-    loaded: Int64, queries: int, sample_seed: int, min_queries: int, samples_per_query: int = 8
-) -> Int64:
+def multi_stream(loaded: Int64, queries: int, sample_seed: int, min_queries: int, samples_per_query: int = 8) -> Int64:
     """Samples of MultiStream, shape (queries, samples_per_query): a uniform start, then its neighbours in `loaded`.
 
     The row wraps around at the end of `loaded`. Equal issue changes only how many queries there are, not these.
@@ -135,9 +133,7 @@ def multi_stream(
         raise ValueError(f"samples_per_query must be at least 1, got {samples_per_query}")
     size = len(loaded)
     # LoadGen lengthens the loaded set so that rows can run over its end, and equal issue shuffles the longer one.
-    stream, _ = _after_shuffles(
-        size, size + samples_per_query - 1, sample_seed, min_queries, stride=samples_per_query
-    )
+    stream, _ = _after_shuffles(size, size + samples_per_query - 1, sample_seed, min_queries, stride=samples_per_query)
     starts = stream.many_below(size, queries)
     samples: Int64 = loaded[(starts[:, None] + np.arange(samples_per_query)) % size]
     return samples
@@ -162,22 +158,26 @@ def offline_equal_issue(loaded: Int64, count: int, sample_seed: int) -> Int64:
     return np.concatenate(parts)
 
 
-def single_stream_min_queries(
-    min_queries: int, min_duration_ms: int, expected_latency_ns: int, dataset: int
-) -> int:
+def single_stream_min_queries(min_queries: int, min_duration_ms: int, expected_latency_ns: int, dataset: int) -> int:
     """The min_queries that LoadGen puts in place of the setting for SingleStream with equal issue.
 
     Twice what the expected latency promises, if that is more, then up to the *next* multiple of `dataset`, which
     adds a whole pass when it already is one.
     """
+    for value, name, least in (
+        (min_queries, "min_queries", 0),
+        (min_duration_ms, "min_duration_ms", 0),
+        (expected_latency_ns, "expected_latency_ns", 1),
+        (dataset, "dataset", 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     expected = int(2.0 * (min_duration_ms / 1000) * (1e9 / expected_latency_ns))
     wanted = max(min_queries, expected)
     return wanted + dataset - wanted % dataset
 
 
-def _after_shuffles(
-    size: int, pass_size: int, seed: int, min_queries: int, stride: int = 1
-) -> tuple[_Stream, Int64]:
+def _after_shuffles(size: int, pass_size: int, seed: int, min_queries: int, stride: int = 1) -> tuple[_Stream, Int64]:
     """The sample stream where LoadGen begins to draw from it, and the passes that equal issue would use."""
     stream = _Stream(seed)
     stream.shuffle(list(range(0, size, stride)))

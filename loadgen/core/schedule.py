@@ -82,9 +82,7 @@ def loadgen_server(
     return due[: min(count, max_queries) if max_queries else count]
 
 
-def loadgen_count(
-    due_ns: Int64, min_duration_ns: int, min_queries: int, dataset: int | None = None
-) -> int | None:
+def loadgen_count(due_ns: Int64, min_duration_ns: int, min_queries: int, dataset: int | None = None) -> int | None:
     """How many of the arrivals `due_ns` LoadGen keeps; None when the list ends before the duration is met.
 
     The answer may exceed len(due_ns): it is then set by `min_queries` or by rounding up to whole data sets.
@@ -135,10 +133,9 @@ def trace(due_s: Sequence[float]) -> Int64:
     bad[1:] |= seconds[1:] < seconds[:-1]
     if bad.any():
         at = int(np.argmax(bad))
-        raise ValueError(
-            f"trace entry {at} is {seconds[at]}: times must be finite, at least 0 and never decrease"
-        )
-    return _whole_ns(np.rint(seconds * NS_PER_S))
+        raise ValueError(f"trace entry {at} is {seconds[at]}: times must be finite, at least 0 and never decrease")
+    with np.errstate(over="ignore"):
+        return _whole_ns(np.rint(seconds * NS_PER_S))
 
 
 def offline(count: int) -> Int64:

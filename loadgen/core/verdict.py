@@ -52,7 +52,9 @@ class Audit:
     scheduled: int
     rows: int
     wall_s: float
-    requested_qps: float | None = None
+    requested_qps: float | None = None  # what the scenario asked for
+    scheduled_qps: float | None = None  # what the seeded schedule came to: (slots - 1) / (last due - first due)
+    achieved_qps: float | None = None  # what was sent: (sent - 1) / (last sent - first sent)
     ended: str | None = None
 
     def to_json(self) -> dict[str, Any]:

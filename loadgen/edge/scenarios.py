@@ -19,6 +19,7 @@ from loadgen.edge.errors import UserError
 DATA = Path(__file__).parents[1] / "data"
 ROUND = "v6.1"
 ARRIVALS = ("poisson", "constant")
+PRESETS = ("smoke", "mlperf")  # seconds, for a first look; MLPerf's real minimum durations and counts
 MAX_SLOTS = 50_000_000  # 400 MB of due times; a typing error, not a plan
 
 
@@ -32,11 +33,6 @@ def names() -> list[str]:
     return sorted(p.stem for p in (DATA / "scenarios").glob("*.toml"))
 
 
-def presets() -> list[str]:
-    """smoke: seconds, for a first look; mlperf: the real minimum durations and counts."""
-    return ["smoke", "mlperf"]
-
-
 def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str, Any] | None = None) -> Scenario:
     """The scenario `name` for `model` under `preset`, with `overrides` on top.
 
@@ -47,8 +43,8 @@ def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str
     name = name.replace("-", "_")
     if name not in names():
         raise UserError(f"unknown scenario {name!r}; choose one of: {', '.join(names())}")
-    if preset not in presets():
-        raise UserError(f"unknown preset {preset!r}; choose one of: {', '.join(presets())}")
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     over = {k: v for k, v in (overrides or {}).items() if v is not None and v != ""}
     data = _toml(f"scenarios/{name}.toml")
     kind = Kind(data["kind"])
@@ -91,7 +87,9 @@ def _check(scenario: Scenario) -> None:
     if scenario.arrivals not in ARRIVALS:
         raise UserError(f"unknown arrivals {scenario.arrivals!r}; choose one of: {', '.join(ARRIVALS)}")
     if scenario.target_qps and scenario.target_qps * scenario.minimums.duration_ns / 1e9 > MAX_SLOTS:
-        raise UserError(f"--target-qps {scenario.target_qps:g} makes over {MAX_SLOTS:,} requests; lower it or run shorter")
+        raise UserError(
+            f"--target-qps {scenario.target_qps:g} makes over {MAX_SLOTS:,} requests; lower it or run shorter"
+        )
 
 
 def _minimums(data: Mapping[str, Any]) -> Minimums:

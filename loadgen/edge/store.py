@@ -134,10 +134,10 @@ def stream_tables(path: Path) -> Iterator[pa.Table]:
     yield pa.Table.from_batches(pending, schema=ARROW_SCHEMA)
 
 
-def seal(folder: Path, document: dict[str, Any], scenario: Scenario, make_audit: Callable[[int], Audit]) -> Run:
+def seal(folder: Path, document: dict[str, Any], scenario: Scenario, make_audit: Callable[[Rows], Audit]) -> Run:
     """Turns the streamed rows into `records.parquet` and writes `run.json` with summary and verdict.
 
-    `make_audit` gets the number of measured rows. Raises UserError, and leaves the stream in place, when the disk is
+    `make_audit` gets the measured rows. Raises UserError, and leaves the stream in place, when the disk is
     full; `recover` can seal the folder once there is room.
     """
     parquet, partial = folder / "records.parquet", folder / "records.parquet.tmp"
@@ -150,7 +150,7 @@ def seal(folder: Path, document: dict[str, Any], scenario: Scenario, make_audit:
                     yield to_rows(table)
 
             summary, rows = summarise(copied(), scenario)
-        audit = make_audit(len(rows))
+        audit = make_audit(rows)
         verdict = judge(summary, rows, scenario, audit)
         sealed = document | {
             "schema": SCHEMA_VERSION,
@@ -239,7 +239,7 @@ def recover(folder: Path) -> Run:
     ended = "the load generator died before it could seal the run"
     return seal(
         folder, start, Scenario.from_json(start.pop("scenario")),
-        lambda rows: Audit((), start.get("workers", 1), max(scheduled, rows), rows, 0.0, ended=ended),
+        lambda rows: Audit((), start.get("workers", 1), max(scheduled, len(rows)), len(rows), 0.0, ended=ended),
     )  # fmt: skip
 
 

@@ -30,9 +30,11 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 import sys
 import threading
 import time
+from collections import defaultdict
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,9 @@ def run(case: Case, out: Path) -> dict[str, Any]:
 def read_logs(out: Path, case: Case) -> dict[str, Any]:
     detail, errors = {}, []
     for line in (out / "mlperf_log_detail.txt").read_text().splitlines():
-        entry = json.loads(line.removeprefix(":::MLLOG "))
+        # C++ writes 0/0 and 1/0 its own way; Python's json knows NaN and Infinity.
+        text = re.sub(r'"value": -?nan', '"value": NaN', line.removeprefix(":::MLLOG "))
+        entry = json.loads(re.sub(r'"value": (-?)inf', r'"value": \1Infinity', text))
         detail[entry["key"]] = entry["value"]
         if entry["metadata"]["is_error"]:
             errors.append(entry["value"])
@@ -179,7 +183,8 @@ def read_logs(out: Path, case: Case) -> dict[str, Any]:
 def read_trace(path: Path, case: Case) -> list[dict[str, int]]:
     """One dict per sample in issue order. The trace's `ts` is in microseconds with three decimals, so whole ns."""
     begun: list[tuple[int, dict[str, int]]] = []
-    first: dict[int, int] = {}  # by sequence number, or by due time where LoadGen's counter event has only that
+    # By sequence number, or by due time where LoadGen's counter event has only that (equal due times may swap).
+    first: dict[int, list[int]] = defaultdict(list)
     server = case["scenario"] == "Server"
     for line in path.read_text().splitlines():
         if '"Sample"' in line and '"b"' in line:
@@ -189,9 +194,9 @@ def read_trace(path: Path, case: Case) -> list[dict[str, int]]:
             event = json.loads(line.rstrip(","))
             args = event["args"]
             if server:
-                first[round(event["ts"] * 1000)] = args["issue_delay"] + args["issue_to_done"]
+                first[round(event["ts"] * 1000)].append(args["issue_delay"] + args["issue_to_done"])
             else:
-                first[args["sample_seq"]] = args["complete_ns"]
+                first[args["sample_seq"]].append(args["complete_ns"])
     begun.sort(key=lambda pair: pair[1]["sample_seq"])
     start, offset = begun[0][0], begun[0][1]["sample_seq"]
     samples = []
@@ -199,8 +204,8 @@ def read_trace(path: Path, case: Case) -> list[dict[str, int]]:
         row = {"seq": args["sample_seq"] - offset, "query": args["query_seq"], "sample": args["sample_idx"]}
         row |= {"due_ns": due - start, "issue_delay_ns": args["issue_start_ns"], "latency_ns": args["complete_ns"]}
         if case.get("tokens"):
-            row |= {"first_ns": first.get(due if server else args["sample_seq"], -1)}
-            row |= {"tokens": in_turn(case["tokens"]["count"], row["seq"])}
+            row["first_ns"] = first[due if server else args["sample_seq"]].pop(0)
+            row["tokens"] = in_turn(case["tokens"]["count"], row["seq"])
         samples.append(row)
     return samples
 

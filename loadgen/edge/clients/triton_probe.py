@@ -40,7 +40,8 @@ def probe(base_url: str, model: str, timeout_s: float = 10.0) -> dict[str, Any]:
 
     Returns:
         `name` and `version` of the server, `ready` (always True), `model_versions`, `backend` (or the platform, for an
-        ensemble) and `decoupled` (whether the model may answer a request with many responses).
+        ensemble), `decoupled` (whether the model may answer a request with many responses) and `parameters` (those of
+        its configuration, in which our exporters say what was exported).
 
     Raises:
         UserError: no connection, not a Triton server, no such model, or a model that isn't ready.
@@ -66,6 +67,11 @@ def probe(base_url: str, model: str, timeout_s: float = 10.0) -> dict[str, Any]:
         "model_versions": list(metadata.get("versions", [])),
         "backend": config.get("backend") or config.get("platform") or metadata.get("platform", ""),
         "decoupled": bool((config.get("model_transaction_policy") or {}).get("decoupled", False)),
+        "parameters": {
+            key: value.get("string_value", "")
+            for key, value in (config.get("parameters") or {}).items()
+            if isinstance(value, dict)
+        },
     }
 
 
@@ -131,6 +137,7 @@ def _not_ready(server: _Server, model: str, reason: Any) -> UserError:
     row = next(row for row in rows if row.get("name") == model)
     state = " ".join(f"{row.get('state', 'UNLOADED')}: {row.get('reason') or 'no reason given'}".split())
     return UserError(
-        f"model {model!r} at {server.base_url} is not ready ({state}): load it (POST /v2/repository/models/{model}/load) "
+        f"model {model!r} at {server.base_url} is not ready ({state}): "
+        f"load it (POST /v2/repository/models/{model}/load) "
         "or see the server's log"
     )

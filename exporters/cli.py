@@ -1,0 +1,107 @@
+"""`tritonmark models | export | serve`: what exists, make it, run it. Options are overrides; defaults live in the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from pathlib import Path
+
+import click
+
+from exporters.catalogue import load_catalogue
+from exporters.errors import UserError
+from exporters.export import export_model
+from exporters.registry import backends_of
+from exporters.server import TritonServer
+
+
+@click.group()
+def cli() -> None:
+    """Export models for Triton and serve them."""
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Everything in the catalogue, as JSON.")
+def models(as_json: bool) -> None:
+    """List the models that can be exported."""
+    catalogue = load_catalogue().values()
+    if as_json:
+        entries = [
+            {**dataclasses.asdict(model), "max_context": model.max_context, "backends": backends_of(model.family)}
+            for model in catalogue
+        ]
+        click.echo(json.dumps(entries, indent=2))
+        return
+    row = "{:<14} {:<7} {:>11} {:<16} {:<20} {}"
+    click.echo(row.format("model", "family", "parameters", "precisions", "backends", "weights"))
+    for model in catalogue:
+        backends = ", ".join(backends_of(model.family))
+        source = f"hub ({model.hub_id}), folder, synthetic" if model.hub_id else "synthetic, folder"
+        size = f"{model.parameters / 1e9:.2f} B" if model.parameters >= 1e8 else f"{model.parameters / 1e6:.2f} M"
+        click.echo(row.format(model.name, model.family, size, ", ".join(model.precisions), backends, source))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--backend", default="torch-eager", show_default=True)
+@click.option("--weights", default="synthetic", show_default=True, help="hub, synthetic, or a folder.")
+@click.option("--out", default="model_repository", show_default=True, type=click.Path(path_type=Path))
+@click.option("--name", help="Triton model name.  [default: the catalogue's]")
+@click.option("--precision", help="bf16, fp16 or fp32.  [default: the model's first]")
+@click.option("--seed", default=0, show_default=True, help="Of synthetic weights.")
+@click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option("--force", is_flag=True, help="Replace an existing export in one step.")
+def export(
+    model: str, backend: str, weights: str, out: Path, name: str | None, precision: str | None, seed: int,
+    device: str, force: bool,
+) -> None:  # fmt: skip
+    """Write MODEL as a Triton model into a model repository."""
+    started = time.monotonic()
+    folder = export_model(
+        model, backend, weights, out, name=name, precision=precision, seed=seed, device=device, force=force
+    )
+    click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")
+
+
+class _Stop(Exception):
+    """Ctrl-C or SIGTERM arrived."""
+
+
+def _raise_stop(*_: object) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the orderly end short
+    raise _Stop
+
+
+@cli.command()
+@click.option("--repository", default="model_repository", show_default=True, type=click.Path(path_type=Path))
+@click.option("--model", "models", multiple=True, help="Load only this one; may be repeated.  [default: all]")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--http-port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--grpc-port", default=8001, show_default=True, help="0 takes a free one.")
+@click.option("--metrics-port", default=8002, show_default=True, help="0 takes a free one.")
+@click.option("--ready-timeout", default=600.0, show_default=True, help="Seconds.")
+@click.option("--log", "log_path", type=click.Path(path_type=Path), help="Triton's log file.  [default: a temporary one]")
+def serve(
+    repository: Path, models: tuple[str, ...], host: str, http_port: int, grpc_port: int, metrics_port: int,
+    ready_timeout: float, log_path: Path | None,
+) -> None:  # fmt: skip
+    """Serve a model repository with the embedded Triton until Ctrl-C."""
+    previous = {number: signal.signal(number, _raise_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with TritonServer(
+            repository, host, http_port, grpc_port, metrics_port, models=models, log_path=log_path,
+            ready_timeout_s=ready_timeout, on_progress=click.echo,
+        ) as server:  # fmt: skip
+            click.echo(f"http     {server.http_url}\ngrpc     {host}:{server.grpc_port}")
+            click.echo(f"metrics  {server.metrics_url}\nlog      {server.log_path}\nstop with Ctrl-C")
+            while (reason := server.exit_reason()) is None:
+                time.sleep(0.2)
+            raise UserError(reason)
+    except _Stop:
+        click.echo("stopped")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""One export from order to renamed folder: the single entry for the command line, the bench and the tests."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+from exporters import layout
+from exporters.catalogue import find_model
+from exporters.config_pbtxt import render
+from exporters.errors import UserError
+from exporters.registry import Order, find_exporter
+
+TOOLS = ("tritonmark", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def export_model(
+    model: str,
+    backend: str = "torch-eager",
+    weights: str = "synthetic",
+    out: Path | str = "model_repository",
+    *,
+    name: str | None = None,
+    precision: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    force: bool = False,
+    on_progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write `out/name` and return it; `out/name/manifest.json` says what it is.
+
+    `weights` is `synthetic`, `hub` or a folder; `precision` defaults to the model's first one, `name` to the model's own.
+    `device` is `auto` (the GPU that Triton gives, else the CPU) or `cpu`. Bad input is a UserError, and then, as after a
+    crash, nothing appears in `out`.
+    """
+    order = _check(model, backend, weights, name, precision, seed, device)
+    build = find_exporter(order.model.family, backend)
+    tell = on_progress or (lambda message: None)
+    out = Path(out)
+    with layout.staged(out, order.name, force) as folder:
+        version = folder / "1"
+        version.mkdir()
+        tell(f"exporting {model} ({weights} weights, {order.precision}) for {backend}")
+        try:
+            config = build(order, version)
+        except ModuleNotFoundError as error:
+            missing = error.name or str(error)
+            raise UserError(f"exporting needs {missing}; install it with: pip install 'tritonmark[embedded]'") from None
+        (folder / "config.pbtxt").write_text(render(config), encoding="utf-8")
+        settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))
+        layout.write_manifest(folder, _facts(order, settings))
+    tell(f"wrote {out / order.name}")
+    return out / order.name
+
+
+def _check(
+    model: str, backend: str, weights: str, name: str | None, precision: str | None, seed: int, device: str
+) -> Order:
+    entry = find_model(model)
+    chosen = precision or entry.precisions[0]
+    if chosen not in entry.precisions:
+        raise UserError(f"{model} has no precision {chosen!r}; choose one of: {', '.join(entry.precisions)}")
+    if device not in ("auto", "cpu"):
+        raise UserError(f"unknown device {device!r}; choose auto or cpu")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed {seed} is out of range; choose one from 0 to 2**63 - 1")
+    return Order(entry, backend, chosen, weights, seed, layout.check_name(name or model), device)
+
+
+def _facts(order: Order, settings: dict) -> dict:
+    """What the manifest says beside hashes and time."""
+    versions = {"python": platform.python_version()}
+    for tool in TOOLS:
+        try:
+            versions[tool] = importlib.metadata.version(tool)
+        except importlib.metadata.PackageNotFoundError:
+            versions[tool] = None
+    source = dict(settings["source"])
+    return {
+        "name": order.name,
+        "model": order.model.name,
+        "family": order.model.family,
+        "backend": order.backend,
+        "precision": order.precision,
+        "weights": source["kind"],
+        "source": source,
+        "revision": source.get("revision"),
+        "seed": order.seed if source["kind"] == "synthetic" else None,
+        "licence": order.model.licence,
+        "mlperf": order.model.mlperf,
+        "parameters": order.model.parameters,
+        "max_context": order.model.max_context,
+        "tools": versions,
+    }

@@ -1,0 +1,80 @@
+"""Exporters of the language models: the version folder of one Triton model for each backend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from exporters.config_pbtxt import ModelConfig, Tensor
+from exporters.registry import Order, exporter
+from exporters.weights import SYNTHETIC, Written, write_pretrained, write_synthetic
+
+RUNTIME = Path(__file__).with_name("runtime")
+RUNTIME_FILES = {
+    "llm_model.py": "model.py",
+    "llm_engine.py": "llm_engine.py",
+    "llm_request.py": "llm_request.py",
+    "llm_sampling.py": "llm_sampling.py",
+    "llm_text.py": "llm_text.py",
+}
+INPUTS = (
+    Tensor("text_input", "TYPE_STRING", optional=True),  # optional, so that the runtime can say what is missing
+    Tensor("max_tokens", "TYPE_INT32", optional=True),
+    Tensor("min_tokens", "TYPE_INT32", optional=True),
+    Tensor("ignore_eos", "TYPE_BOOL", optional=True),
+    Tensor("temperature", "TYPE_FP32", optional=True),
+    Tensor("top_k", "TYPE_INT32", optional=True),
+    Tensor("top_p", "TYPE_FP32", optional=True),
+    Tensor("seed", "TYPE_UINT64", optional=True),
+    Tensor("stream", "TYPE_BOOL", optional=True),
+)
+OUTPUTS = (
+    Tensor("text_output", "TYPE_STRING"),
+    Tensor("num_output_tokens", "TYPE_INT32"),
+    Tensor("finish_reason", "TYPE_STRING"),
+    Tensor("num_input_tokens", "TYPE_INT32"),
+    Tensor("total_output_tokens", "TYPE_INT32"),
+)
+OPERATOR_SETTINGS = ("max_sequences", "max_batch_tokens", "kv_tokens", "kv_memory_share", "threads")
+
+
+@exporter("llm", "torch-eager")
+def export_llm_torch_eager(order: Order, version: Path) -> ModelConfig:
+    """transformers' eager model under its own continuous batching, served by Triton's python backend."""
+    weights = version / "weights"
+    weights.mkdir()
+    if order.weights == SYNTHETIC:
+        written = write_synthetic(order.model, order.precision, order.seed, weights)
+    else:
+        written = write_pretrained(order.model, order.precision, order.weights, weights)
+    for source, target in RUNTIME_FILES.items():
+        shutil.copyfile(RUNTIME / source, version / target)
+    settings = runtime_settings(order, written)
+    (version / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return ModelConfig(
+        name=order.name,
+        backend="python",
+        inputs=INPUTS,
+        outputs=OUTPUTS,
+        decoupled=True,
+        instance_kind="KIND_CPU" if order.device == "cpu" else "KIND_AUTO",
+        parameters={name: str(settings[name]) for name in OPERATOR_SETTINGS} | {"device": order.device},
+    )
+
+
+def runtime_settings(order: Order, written: Written) -> dict:
+    """`settings.json`: what the export fixed, and the defaults of what the operator may change in config.pbtxt."""
+    return {
+        "model": order.model.name,
+        "model_class": order.model.model_class,
+        "precision": order.precision,
+        "device": order.device,
+        "seed": order.seed,
+        "draw_on_load": written.draw_on_load,
+        "decodable_tokens": written.decodable_tokens,
+        "end_token_ids": written.end_token_ids,
+        "max_context": order.model.max_context,
+        **order.model.runtime,
+        "source": written.source,
+    }

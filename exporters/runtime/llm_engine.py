@@ -1,0 +1,198 @@
+"""The model and its batch loop, without any Triton. Runs beside model.py; imports nothing of this project.
+
+The loop is transformers' own ContinuousBatchingManager (5.17 or later), on one thread that it starts itself. What is
+added: weights from a seed, token choice for each request, stop at `max_context`, and results merged for each request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import queue
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from llm_sampling import Rule, TokenRules
+from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+UNREACHABLE = -1e4  # bias of the tokens that the tokenizer cannot spell; finite in fp16 too
+
+
+def draw_weights(model: torch.nn.Module, seed: int, decodable: int) -> None:
+    """Fill `model` with seeded random weights whose logits are spread like a trained model's.
+
+    Linear layers get a standard deviation of 1/sqrt(inputs), those that write into the residual stream are divided by
+    sqrt(2 layers), and the output layer gets 3/sqrt(inputs), so logits have a deviation of about 3. Ids from
+    `decodable` on are made unreachable. Equal seeds give equal weights on one kind of device, not across kinds.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    depth = math.sqrt(2 * model.config.num_hidden_layers)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim < 2:
+                weight.fill_(1.0)
+            else:
+                inputs = weight.shape[1]
+                spread = 1.0 if "embed" in name else 1 / math.sqrt(inputs)
+                spread /= depth if name.endswith(("dense.weight", "fc2.weight", "o_proj.weight")) else 1
+                spread *= 3 if name.startswith("lm_head") else 1
+                weight.normal_(0.0, spread, generator=generator)
+        if model.lm_head.bias is not None:
+            model.lm_head.bias[decodable:] = UNREACHABLE
+
+
+def load_model(folder: Path, settings: dict, device: str) -> torch.nn.Module:
+    """The model on `device`: from safetensors in `folder`, or drawn there from the seed when there are none."""
+    dtype = DTYPES[settings["precision"]]
+    if not settings["draw_on_load"]:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return model.to(device)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = getattr(transformers, settings["model_class"])(config)
+    finally:
+        torch.set_default_dtype(previous)
+    draw_weights(model, settings["seed"], settings["decodable_tokens"])
+    return model
+
+
+def _batching_config(settings: dict) -> ContinuousBatchingConfig:
+    """The manager's settings under the names that the installed transformers has."""
+    page = settings["page_size"]
+    wanted = {
+        "page_size": page,   # since 5.2x
+        "block_size": page,  # before
+        "num_blocks": settings["kv_tokens"] // page or None,
+        "max_batch_tokens": settings["max_batch_tokens"],
+        "max_requests_per_batch": settings["max_sequences"],
+        "max_memory_percent": settings["kv_memory_share"],
+        "allow_block_sharing": False,  # shared prefixes would make repeated prompts look faster than they are
+        "use_cuda_graph": False,       # this backend is the eager one
+        "use_async_batching": False,   # token choice looks at the tokens of the step before
+        "auto_switch_to_flash": False,
+    }
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    return ContinuousBatchingConfig(**{name: value for name, value in wanted.items() if name in known})
+
+
+class Engine:
+    """One model and its batch loop. `submit`, `cancel` and `results` may be called from different threads."""
+
+    def __init__(self, folder: Path, settings: dict, device: str) -> None:
+        if settings["threads"]:
+            torch.set_num_threads(settings["threads"])
+        self.end_ids = list(settings["end_token_ids"])
+        self.device = device
+        self.model = load_model(folder, settings, device).eval()
+        self.model.requires_grad_(False)
+        self.model.set_attn_implementation("sdpa")
+        self._manager = self.model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
+            continuous_batching_config=_batching_config(settings),
+        )
+        self._rules = TokenRules(self.end_ids)
+        self._manager.logit_processor = self._rules
+        self._manager.start()
+        self._warm_up()
+        gc.collect()
+        gc.freeze()  # weights and modules never become garbage; later collections skip them
+
+    def submit(self, request_id: str, ids: list[int], prompt) -> bool:
+        """Queue one request; False when the batch loop does not take any more."""
+        if prompt.min_tokens > 0 or not prompt.greedy:
+            self._rules.rules[request_id] = Rule(
+                len(ids), 0 if prompt.ignore_eos else prompt.min_tokens,
+                0.0 if prompt.greedy else prompt.temperature, prompt.top_k, prompt.top_p, prompt.seed, self.device,
+            )  # fmt: skip
+        accepted = self._manager.add_request(
+            ids, request_id=request_id, max_new_tokens=prompt.max_tokens, streaming=prompt.stream,
+            eos_token_id=-1 if prompt.ignore_eos else self.end_ids,
+        )  # fmt: skip
+        return accepted is not None
+
+    def cancel(self, request_id: str) -> None:
+        """Take a request out of the batch before the next step; it yields no result."""
+        self._manager.cancel_request(request_id)
+        self._rules.rules.pop(request_id, None)
+
+    def results(self, timeout_s: float) -> list:
+        """The newest output of each request that made progress: `request_id`, `generated_tokens` (all so far),
+        `error`, `is_finished()`. Blocks until there is one; empty after `timeout_s`, or when the loop has died.
+
+        A slow reader gets several tokens at once, so it can catch up with a fast batch.
+        """
+        newest: dict = {}
+        output = self._manager.get_result(timeout=timeout_s)
+        waiting = self._manager.output_router.output_queue
+        while output is not None:
+            newest[output.request_id] = output
+            if output.is_finished():
+                self._rules.rules.pop(output.request_id, None)
+            try:
+                output = waiting.get_nowait()
+            except queue.Empty:
+                break
+        return list(newest.values())
+
+    def failure(self) -> str | None:
+        """Why the batch loop is dead, or None while it lives."""
+        error = self._manager.background_thread_status.fatal_error
+        if error is not None:
+            return f"the batch loop died: {type(error).__name__}: {error}"
+        return None if self._manager.is_running() else "the batch loop has stopped"
+
+    def occupancy(self) -> tuple[int, int, float]:
+        """Sequences in the batch, sequences waiting for it, share of the KV cache in use (0 to 1)."""
+        processor = self._manager.batch_processor
+        if processor is None:
+            return 0, 0, 0.0
+        scheduler, cache = processor.scheduler, processor.cache
+        waiting = len(scheduler.waiting_requests) + self._manager.input_queue.qsize()
+        if hasattr(cache, "compute_free_capacity"):
+            used = 1.0 - float(cache.compute_free_capacity())
+        else:
+            used = 1.0 - cache.get_num_free_blocks() / cache.num_blocks
+        return len(scheduler.active_requests), waiting, max(used, 0.0)
+
+    def stop(self, timeout_s: float) -> None:
+        """End the batch loop; requests that are still in it fail."""
+        self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
+
+    def _warm_up(self) -> None:
+        """One small request, so that the first real one does not pay for first-time work."""
+        self._manager.add_request([0] * 8, request_id="warm-up", max_new_tokens=4, eos_token_id=-1)
+        deadline = time.monotonic() + 300
+        while (output := self._manager.get_result(timeout=1.0)) is None or not output.is_finished():
+            if self.failure() or time.monotonic() > deadline:
+                raise RuntimeError(self.failure() or "the first request took more than 300 s")
+        if output.error:
+            raise RuntimeError(f"the first request failed: {output.error}")
+
+
+def read_settings(folder: Path, overrides: dict[str, str]) -> dict:
+    """`settings.json` beside model.py; `overrides` are the parameters of config.pbtxt and win where the name is known."""
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    for name, text in overrides.items():
+        if name in settings:
+            kind = type(settings[name])
+            try:
+                settings[name] = text if kind is str else kind(json.loads(text))
+            except (ValueError, TypeError):
+                raise ValueError(f"config.pbtxt: parameter {name} is {text!r}, not a {kind.__name__}") from None
+    if settings["kv_tokens"] and settings["kv_tokens"] < settings["max_context"] + settings["page_size"]:
+        raise ValueError(
+            f"config.pbtxt: parameter kv_tokens is {settings['kv_tokens']}; one sequence may need"
+            f" {settings['max_context'] + settings['page_size']}"
+        )
+    return settings

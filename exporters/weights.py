@@ -1,0 +1,136 @@
+"""Weights and tokenizer of a language model, written as transformers does. The only file that touches the hub.
+
+Three kinds: `hub` (the pinned revision), a local folder, `synthetic` (the exact architecture, seeded random values). A
+synthetic export also trains its tokenizer, on `data/corpus.txt`, so nothing at all is downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporters.catalogue import Model
+from exporters.errors import UserError
+
+CORPUS = Path(__file__).with_name("data") / "corpus.txt"
+TOKENIZER_SIZE = 2048  # ids, of which 256 are bytes and one is the end token
+END_TOKEN = "<|endoftext|>"
+HUB, SYNTHETIC = "hub", "synthetic"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a weights folder holds: where it came from, ids of the end tokens, ids that the tokenizer can spell."""
+
+    source: dict
+    end_token_ids: list[int]
+    decodable_tokens: int
+    draw_on_load: bool = False  # no weights on disk; the runtime draws them from the seed
+
+
+def train_tokenizer(folder: Path) -> int:
+    """Train a byte-level BPE on the corpus and save it; returns the number of ids. Id 0 is the end token."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # sorted: equal exports have equal hashes
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE, special_tokens=[END_TOKEN], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([CORPUS.read_text(encoding="utf-8")], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, bos_token=END_TOKEN)
+    wrapped.save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def write_synthetic(model: Model, precision: str, seed: int, folder: Path) -> Written:
+    """Config, tokenizer and, for a small model, the drawn weights as safetensors."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with _import_path(Path(__file__).with_name("runtime")):
+        from llm_engine import DTYPES, draw_weights
+    decodable = train_tokenizer(folder)
+    config = getattr(transformers, model.config_class)(**model.config)
+    config.architectures = [model.model_class]
+    config.dtype = DTYPES[precision]
+    end_ids = [0]
+    config.bos_token_id = config.eos_token_id = end_ids[0]
+    if model.synthetic_on_disk:
+        network = getattr(transformers, model.model_class)(config)
+        draw_weights(network, seed, decodable)
+        network.to(DTYPES[precision]).save_pretrained(folder)
+        del network
+    else:
+        config.save_pretrained(folder)
+    transformers.GenerationConfig(do_sample=False, eos_token_id=end_ids).save_pretrained(folder)
+    source = {"kind": SYNTHETIC, "seed": seed, "torch": torch.__version__, "tokenizer": CORPUS.name}
+    return Written(source, end_ids, decodable, draw_on_load=not model.synthetic_on_disk)
+
+
+def write_pretrained(model: Model, precision: str, weights: str, folder: Path) -> Written:
+    """Weights from the hub's pinned revision or from the local folder `weights`, converted to `precision`."""
+    import transformers
+
+    with _import_path(Path(__file__).with_name("runtime")):
+        from llm_engine import DTYPES
+    where, options, source = _locate(model, weights)
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, **options)
+        if type(config).__name__ != model.config_class:
+            raise UserError(f"{where} holds a {type(config).__name__}, but {model.name} needs a {model.config_class}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        network = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[precision], **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_reason(model, where, weights, error)) from None
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{where} has no fast tokenizer (tokenizer.json); add one to the folder with transformers")
+    end_ids = network.generation_config.eos_token_id
+    if end_ids is None:
+        end_ids = tokenizer.eos_token_id
+    end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids or [])
+    return Written(source, end_ids, len(tokenizer))
+
+
+def _locate(model: Model, weights: str) -> tuple[str, dict, dict]:
+    """(what from_pretrained takes, its options, the manifest's source)."""
+    if weights != HUB:
+        path = Path(weights).expanduser()
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"weights {weights!r}: no config.json there; pass 'hub', 'synthetic' or a folder of save_pretrained"
+            )
+        return str(path), {"local_files_only": True}, {"kind": "local", "folder": path.name}
+    if not model.hub_id:
+        raise UserError(f"{model.name} is not on the hub; export it with --weights synthetic")
+    revision = model.revision or "main"
+    return model.hub_id, {"revision": revision}, {"kind": HUB, "hub_id": model.hub_id, "revision": revision}
+
+
+def _reason(model: Model, where: str, weights: str, error: Exception) -> str:
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if weights != HUB:
+        return f"cannot load weights from {where}: {first_line}"
+    gated = " (it is gated: accept its licence and log in with `hf auth login`)" if model.gated else ""
+    return f"cannot fetch {where} from the hub{gated}: {first_line}; or use --weights synthetic, or a local folder"
+
+
+@contextlib.contextmanager
+def _import_path(folder: Path) -> Iterator[None]:
+    """Import the runtime's modules the way Triton does: by their bare names, from their own folder."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))

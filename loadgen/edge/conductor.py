@@ -1,0 +1,226 @@
+"""The part of a run that happens once, on Locust's master (or the only process): plan, T0, recording, sealing.
+
+    plan → every worker warms up and says "ready" → T0 is announced → "rows" arrive all the time → every worker says
+    "end", or is lost → seal: summary, verdict, `run.json`.
+
+A run always ends here, also when it was stopped, a worker was lost or every request failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import gevent
+import numpy as np
+import pyarrow as pa
+from gevent.event import Event
+
+from loadgen.core.metrics import describe, select, tpot, ttft
+from loadgen.core.record import NEVER, Rows
+from loadgen.core.scenario import Scenario
+from loadgen.core.verdict import Audit, WorkerAudit
+from loadgen.edge import store
+from loadgen.edge.errors import UserError
+from loadgen.edge.worker import due_times
+
+LEAD_S = 0.5  # from the announcement of T0 to T0: long enough for the message to arrive
+CUT_GRACE_S = 10.0
+WINDOW_S = 5.0  # what "current" means in the progress display
+
+
+class Conductor:
+    """One run: `begin`, then messages from workers through `on_message`, until `sealed` is set.
+
+    `send(kind, data, worker)` reaches one worker; `alive(worker)` says whether it still answers; `progress(dict)` is
+    called about twice a second. `document` is what is known of server, model and client before the run.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        document: dict[str, Any],
+        results: Path,
+        *,
+        workers: int,
+        send: Callable[[str, dict[str, Any], int], None],
+        alive: Callable[[int], bool],
+        progress: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.scenario, self.workers, self.send, self.alive, self.progress = scenario, workers, send, alive, progress
+        self.scheduled = len(due_times(scenario))
+        now = datetime.now(UTC)
+        digest = hashlib.sha256(json.dumps(scenario.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+        parts = [document["hardware"]["label"], document["model"], f"{document['backend']}-{document['precision']}"]
+        folder = store.new_folder(results, [*parts, scenario.name], f"{now:%Y%m%dT%H%M%SZ}-{digest}")
+        self.document = {
+            "run_id": folder.name,
+            "started_utc": now.isoformat(),
+            **document,
+            "client": client_facts(workers),
+        }
+        start = self.document | {"scenario": scenario.to_json(), "scheduled": self.scheduled, "workers": workers}
+        self.writer = store.RunWriter(folder, start)
+        self.ready: set[int] = set()
+        self.ends: dict[int, dict[str, Any]] = {}
+        self.lost: set[int] = set()
+        self.state: dict[int, dict[str, int]] = {}
+        self.recent: deque[tuple[float, Rows]] = deque()
+        self.done = self.failed = 0
+        self.ended: str | None = None
+        self.started = time.monotonic()
+        self.phase = "warmup"
+        self.sealed = Event()
+        self.run: store.Run | None = None
+        self.error: UserError | None = None
+
+    def conduct(self, host: str, model: str) -> None:
+        """Drives the run to its sealed end. Blocks this greenlet; never raises for anything the run can do."""
+        try:
+            self.progress({"phase": "start", "folder": str(self.writer.folder)})
+            for worker in range(self.workers):
+                plan = {"scenario": self.scenario.to_json(), "host": host, "model": model, "worker": worker}
+                self.send("begin", plan | {"workers": self.workers, "tag": self.writer.folder.name}, worker)
+            self._wait(lambda: self.ready | set(self.ends))
+            t0 = time.time_ns() + round(LEAD_S * 1e9)
+            self.document["t0_wall_ns"] = t0
+            for worker in self.ready:
+                self.send("go", {"t0_wall_ns": t0}, worker)
+            self.phase, self.started = "measure", time.monotonic() + LEAD_S
+            self._wait(lambda: set(self.ends))
+        finally:
+            self._seal()
+
+    def cut(self, why: str) -> None:
+        """Stops the run early: what is in flight becomes `cut`, the rest is not sent, and the run is sealed INVALID."""
+        if self.ended is None and not self.sealed.is_set():
+            self.ended, self.cut_by = why, time.monotonic() + CUT_GRACE_S
+            for worker in range(self.workers):
+                self.send("stop", {}, worker)
+
+    def on_message(self, kind: str, data: dict[str, Any]) -> None:
+        """A "ready", "rows" or "end" message of a worker. Messages after sealing are ignored."""
+        if self.sealed.is_set():
+            return
+        worker = data["worker"]
+        if kind == "ready":
+            self.ready.add(worker)
+        elif kind == "end":
+            self.ends[worker] = data
+            if data["ended"] and self.ended is None and data["ended"] != "stopped":
+                self.cut(data["ended"])
+        else:
+            self.state[worker] = {"in_flight": data["in_flight"], "sent": data["sent"]}
+            if data["batch"]:
+                self._record(data["batch"])
+
+    def _record(self, packed: bytes) -> None:
+        batch = pa.ipc.read_record_batch(pa.py_buffer(packed), store.ARROW_SCHEMA)
+        self.writer.write(batch)
+        if self.writer.broken:
+            self.cut(self.writer.broken)
+        rows = store.to_rows(pa.Table.from_batches([batch]))
+        self.done += int(rows.measured.sum())
+        self.failed += int((rows.measured & ~rows.ok).sum())
+        self.recent.append((time.monotonic(), select(rows, rows.measured)))
+
+    def _wait(self, arrived: Callable[[], set[int]]) -> None:
+        """Until every worker has arrived or is lost, or a cut has had its grace; reports progress meanwhile."""
+        tick = 0
+        while len(arrived() | self.lost) < self.workers:
+            gevent.sleep(0.1)
+            tick += 1
+            for worker in set(range(self.workers)) - self.lost - set(self.ends):
+                if not self.alive(worker):
+                    self.lost.add(worker)
+            if self.ended and time.monotonic() > self.cut_by:
+                return
+            if tick % 5 == 0:
+                self.progress(self.snapshot())
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where the run stands: counts so far, rates and percentiles of the last few seconds."""
+        now = time.monotonic()
+        while self.recent and now - self.recent[0][0] > WINDOW_S:
+            self.recent.popleft()
+        parts = [rows for _, rows in self.recent]
+        elapsed = now - self.started
+        total = self.scenario.minimums.duration_ns / 1e9
+        return {
+            "phase": "drain" if self.phase == "measure" and elapsed > total else self.phase,
+            "elapsed_s": round(max(elapsed, 0.0), 2),
+            "total_s": total,
+            "scheduled": self.scheduled or None,
+            "sent": sum(s["sent"] for s in self.state.values()),
+            "done": self.done,
+            "failed": self.failed,
+            "in_flight": sum(s["in_flight"] for s in self.state.values()),
+            "tokens_per_s": sum(int(r.tokens_out.sum()) for r in parts) / min(WINDOW_S, max(elapsed, 0.5)),
+            "ttft_ms": _percentiles([ttft(r) for r in parts]),
+            "tpot_ms": _percentiles([tpot(r) for r in parts]),
+            "e2e_ms": _percentiles([(r.done_ns - r.due_ns)[r.ok] for r in parts]),
+        }
+
+    def _seal(self) -> None:
+        self.phase = "seal"
+        self.progress(self.snapshot())
+        self.writer.close()
+        try:
+            self.run = store.seal(self.writer.folder, self.document, self.scenario, self._audit)
+        except UserError as error:
+            self.error = error
+        finally:
+            self.sealed.set()
+
+    def _audit(self, rows: Rows) -> Audit:
+        workers = tuple(WorkerAudit(**end["audit"]) for _, end in sorted(self.ends.items()))
+        dispatched = sum(end["dispatched"] for end in self.ends.values())
+        lost = self.workers - len(self.ends)
+        # A lost worker owes its stripe of an open-loop schedule; of a closed loop only what it had reported is known.
+        owed = sum(len(range(w, self.scheduled, self.workers)) for w in range(self.workers) if w not in self.ends)
+        reported = sum(s["sent"] for w, s in self.state.items() if w not in self.ends)
+        return Audit(
+            workers,
+            self.workers,
+            scheduled=dispatched + (max(owed, reported) if lost and not self.ended else reported),
+            rows=len(rows),
+            wall_s=max((end["wall_s"] for end in self.ends.values()), default=0.0),
+            requested_qps=self.scenario.target_qps if self.scenario.kind.open_loop else None,
+            achieved_qps=_rate(rows.sent_ns),
+            scheduled_qps=_rate(rows.due_ns),
+            ended=self.ended,
+        )
+
+
+def _rate(times_ns: np.ndarray) -> float | None:
+    times = times_ns[times_ns != NEVER]
+    span = int(times.max() - times.min()) if len(times) > 1 else 0
+    return (len(times) - 1) / (span / 1e9) if span else None
+
+
+def _percentiles(parts: list[np.ndarray]) -> dict[str, float | None]:
+    described = describe(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64), failed=0)
+    return {p: described[p] / 1e6 if described.get(p) is not None else None for p in ("p50", "p99")}
+
+
+def client_facts(workers: int) -> dict[str, Any]:
+    """Facts about the load generator's own machine and software that a comparison needs to know."""
+    from importlib.metadata import version
+
+    return {
+        "host": platform.node(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "workers": workers,
+        "versions": {name: version(name) for name in ("tritonmark", "locust", "gevent", "numpy", "pyarrow")},
+        "clock_resolution_ns": round(time.get_clock_info("monotonic").resolution * 1e9),
+    }

@@ -1,0 +1,69 @@
+"""Which hardware the server runs on: probed on this machine when the server is local, else what the user says."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+_QUERY = "name,memory.total,driver_version,power.limit,clocks.max.sm,clocks.max.memory,uuid"
+
+
+def describe(host: str, label: str | None = None) -> dict[str, Any]:
+    """`label` (the folder name of the results), GPUs and CPU of the server at URL `host`.
+
+    A remote server's hardware cannot be seen over HTTP: its label is "unknown" unless the user gives one.
+    """
+    if not is_local(host):
+        return {"label": label or "unknown", "gpus": [], "cpu": None, "probed": False}
+    gpus = nvidia_gpus()
+    cpu = {"model": cpu_model(), "cores": os.cpu_count(), "memory_bytes": memory_bytes()}
+    found = f"{len(gpus)}x-{gpus[0]['name']}" if gpus else f"cpu-{cpu['model']}-{cpu['cores']}-cores"
+    return {"label": label or found, "gpus": gpus, "cpu": cpu, "probed": True}
+
+
+def is_local(url: str) -> bool:
+    """Does this URL lead to this machine?"""
+    name = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(name)).is_loopback
+    except (OSError, ValueError):
+        return False
+
+
+def nvidia_gpus() -> list[dict[str, Any]]:
+    """What nvidia-smi says of each GPU (memory in MiB, power in W, clocks in MHz); empty where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    names = ("name", "memory_mib", "driver", "power_limit_w", "max_sm_mhz", "max_memory_mhz", "uuid")
+    return [
+        dict(zip(names, (v.strip() for v in line.split(",")), strict=False)) for line in output.splitlines() if line
+    ]
+
+
+def cpu_model() -> str:
+    """The CPU's model name as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int | None:
+    """Physical memory of this machine."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None

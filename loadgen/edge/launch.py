@@ -1,0 +1,95 @@
+"""Runs a locust file in a process of its own, shows its progress, and brings back the sealed run.
+
+Locust patches the interpreter that imports it, and drawing a progress bar takes milliseconds in which no arrival could
+be stamped: so load and display are two processes, joined by a pipe of JSON lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from loadgen.edge import store
+from loadgen.edge.errors import UserError
+from loadgen.edge.options import PROGRESS_FD
+from loadgen.edge.progress import watch
+
+LOCUST_FILES = Path(__file__).parents[1]
+
+
+@dataclass
+class Launched:
+    """How a load process ended: its exit code (0 VALID, 3 INVALID) and the run it sealed."""
+
+    exit_code: int
+    run: store.Run
+
+
+def launch(arguments: list[str], console: Console, locust_file: str = "llm.py") -> Launched:
+    """Runs `locust -f loadgen/<locust_file> --headless` with `arguments` to its end.
+
+    Ctrl-C is passed on once, and the run is then sealed as INVALID. Raises UserError with the load process's own
+    message when nothing could be measured, and RuntimeError with the end of its log when it crashed without a run.
+    """
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUST_FILES / locust_file), "--headless", "--only-summary"]
+    receive, send = os.pipe()
+    with tempfile.TemporaryFile("w+", prefix="tritonmark-load-") as log:
+        process = subprocess.Popen(
+            [*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(send,),
+            env=os.environ | {PROGRESS_FD: str(send)}, start_new_session=True,
+        )  # fmt: skip
+        os.close(send)
+        seen: dict[str, Any] = {}
+        with os.fdopen(receive) as lines, _interrupts_go_to(process):
+            watch(_remember(lines, seen), console)
+            code = process.wait()
+        return _result(code, seen.get("folder"), log)
+
+
+def _remember(lines: IO[str], seen: dict[str, Any]) -> Iterator[str]:
+    """Passes lines on, and notes the folder of the run when one names it."""
+    for line in lines:
+        with contextlib.suppress(ValueError, AttributeError):
+            seen.update({k: v for k, v in json.loads(line).items() if k == "folder"})
+        yield line
+
+
+@contextlib.contextmanager
+def _interrupts_go_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While inside, Ctrl-C and SIGTERM end the load process, which seals; this process waits for it."""
+
+    def forward(_number: int, _frame: Any) -> None:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _result(code: int, folder: str | None, log: IO[str]) -> Launched:
+    log.seek(0)
+    text = log.read()
+    errors = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    if code == 2 and errors:
+        raise UserError(errors[-1])
+    if folder is None:
+        raise RuntimeError(
+            f"the load process ended with {code} before a run began; the end of its log:\n{text[-3000:]}"
+        )
+    run = store.load(Path(folder))  # seals what there is when the load process was killed
+    return Launched(code if code in (0, 3) else 3, run)

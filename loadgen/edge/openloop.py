@@ -1,0 +1,266 @@
+"""The Locust part: options, and the events that start, stop and connect a conductor and its workers.
+
+Locust gives the control plane (command line, web UI, master and workers, messages between them); its users are idle.
+A run is driven by one `Conductor` on the master (or only) process and one `LoadWorker` in every worker, which speak
+over Locust's own channel: "tritonmark_begin", "_go" and "_stop" go out, "_ready", "_rows" and "_end" come back.
+
+Only this file and the locust files import locust.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust import User, constant, events, task
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
+
+from loadgen.core.record import Outcome, Record
+from loadgen.core.scenario import Scenario
+from loadgen.core.verdict import WorkerAudit
+from loadgen.edge import hardware, scenarios
+from loadgen.edge.clients.triton_http import probe
+from loadgen.edge.conductor import Conductor
+from loadgen.edge.errors import UserError
+from loadgen.edge.options import OPTIONS, PROGRESS_FD
+from loadgen.edge.samples import PromptLibrary
+from loadgen.edge.worker import LoadWorker
+
+log = logging.getLogger("tritonmark")
+
+
+class IdleUser(User):
+    """Locust wants at least one user; requests do not come from users, so this one only waits."""
+
+    abstract = True
+    wait_time = constant(1)
+
+    @task
+    def idle(self) -> None:
+        gevent.sleep(1)
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: LocustArgumentParser, **_: Any) -> None:
+    """The options of `locust -f loadgen/llm.py`; they appear in the web UI as well."""
+    group = parser.add_argument_group("Tritonmark")
+    for option in OPTIONS:
+        group.add_argument(
+            option.flag, type=option.type, default=option.default, choices=option.choices, help=option.help
+        )
+
+
+@events.init.add_listener
+def connect(environment: Environment, **_: Any) -> None:
+    """Registers messages and events once the runner exists. Headless, bad input ends here with exit code 2."""
+    # every open stream is a socket; the soft limit is 1,024 on most machines
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if not isinstance(environment.runner, MasterRunner):
+        Worker(environment)
+    if isinstance(environment.runner, WorkerRunner):
+        return
+    control = Control(environment)
+    if environment.parsed_options.headless:
+        try:
+            control.prepare()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+
+class Worker:
+    """Runs `LoadWorker`s for whoever conducts, in this process."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment, self.runner = environment, environment.runner
+        self.load: LoadWorker | None = None
+        self.greenlet: gevent.Greenlet | None = None
+        for kind in ("begin", "go", "stop"):
+            self.runner.register_message(f"tritonmark_{kind}", getattr(self, kind))
+        environment.events.quitting.add_listener(self.stop)
+
+    def begin(self, msg: Any, **_: Any) -> None:
+        try:
+            self.load = LoadWorker(msg.data, self.send, self.fire)
+        except UserError as error:
+            self.send("end", {"worker": msg.data["worker"], "ended": str(error), "dispatched": 0, **_silent(msg.data)})
+            return
+        self.greenlet = gevent.spawn(self.load.run)
+
+    def go(self, msg: Any, **_: Any) -> None:
+        if self.load:
+            self.load.go.set(msg.data["t0_wall_ns"])
+
+    def stop(self, **_: Any) -> None:
+        """Ends the load now; its rows and its "end" still go out."""
+        if self.greenlet:
+            self.greenlet.kill(timeout=5)
+
+    def send(self, kind: str, data: dict[str, Any]) -> None:
+        self.runner.send_message(f"tritonmark_{kind}", data)
+
+    def fire(self, record: Record) -> None:
+        """Shows a finished request in Locust's own statistics: latency from due time, rounded as Locust rounds."""
+        done = record.done_ns or record.due_ns
+        error = None if record.outcome is Outcome.OK else RuntimeError((record.error or "").split(":")[0])
+        self.environment.events.request.fire(
+            request_type="generate", name="E2E from due", response_time=(done - record.due_ns) / 1e6,
+            response_length=record.tokens_out, exception=error, context={},
+        )  # fmt: skip
+        if record.first_ns is not None:
+            self.environment.events.request.fire(
+                request_type="generate", name="TTFT from due", response_time=(record.first_ns - record.due_ns) / 1e6,
+                response_length=0, exception=None, context={},
+            )  # fmt: skip
+
+
+class Control:
+    """Starts a `Conductor` for every test Locust starts, and ends Locust's test when the run is sealed."""
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment, self.runner = environment, environment.runner
+        self.conductor: Conductor | None = None
+        self.finished: gevent.Greenlet | None = None
+        fd = os.environ.get(PROGRESS_FD)
+        self.progress_file = os.fdopen(int(fd), "w", buffering=1) if fd else None
+        for kind in ("ready", "rows", "end"):
+            self.runner.register_message(f"tritonmark_{kind}", getattr(self, f"on_{kind}"))
+        environment.events.test_start.add_listener(self.start)
+        environment.events.test_stopping.add_listener(self.stop)
+        environment.events.quitting.add_listener(self.quit)
+
+    def prepare(self) -> tuple[Scenario, dict[str, Any]]:
+        """The resolved scenario and all that is known of server, model and hardware. Raises UserError."""
+        options: Namespace = self.environment.parsed_options
+        overrides = {o.override: getattr(options, o.dest) for o in OPTIONS if o.override}
+        overrides["duration_s"] = seconds(options.run_time)
+        scenario = scenarios.resolve(options.scenario, options.model, options.preset, overrides)
+        library = PromptLibrary(scenario.prompts, scenario)
+        host = self.environment.host or ""
+        server = probe(host, options.model)
+        exported = server.pop("parameters")
+        document = {
+            "model": options.model,
+            "backend": exported.get("backend", server["backend"] or "unknown"),
+            "precision": exported.get("precision", "unknown"),
+            "weights": exported.get("weights", "unknown"),
+            "manifest_sha256": exported.get("manifest_sha256"),
+            "server": {"url": host, **server},
+            "hardware": hardware.describe(host, options.hardware),
+            "overrides": {k: v for k, v in overrides.items() if v is not None and v != ""},
+            "prompts": {"source": scenario.prompts, "count": len(library), "sha256": library.sha256},
+        }
+        return scenario, document
+
+    def start(self, **_: Any) -> None:
+        self.started = time.monotonic()
+        self.finished = gevent.spawn(self.run_once)
+
+    def run_once(self) -> None:
+        """One run from plan to exit code; then Locust's test is over."""
+        self.environment.process_exit_code = 1
+        try:
+            self.conductor = self.make_conductor()
+            self.conductor.conduct(self.environment.host, self.environment.parsed_options.model)
+            if self.conductor.error:
+                raise self.conductor.error
+            self.environment.process_exit_code = self.publish()
+        except UserError as error:
+            self.environment.process_exit_code = 2
+            self.runner.log_exception("local", str(error), "")
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        except Exception:
+            log.exception("a bug in tritonmark")
+        finally:
+            gevent.spawn(self.runner.quit if self.environment.parsed_options.headless else self.runner.stop)
+
+    def make_conductor(self) -> Conductor:
+        scenario, document = self.prepare()
+        results = Path(self.environment.parsed_options.results)
+        nodes = sorted(self.runner.clients) if isinstance(self.runner, MasterRunner) else []
+
+        def send(kind: str, data: dict[str, Any], worker: int) -> None:
+            self.runner.send_message(f"tritonmark_{kind}", data, nodes[worker] if nodes else None)
+
+        def alive(worker: int) -> bool:
+            node = self.runner.clients.get(nodes[worker]) if nodes else True
+            return node is True or (node is not None and node.state != STATE_MISSING)
+
+        print(f"tritonmark: {scenario.name}, preset {scenario.preset}, overrides {document['overrides']}", flush=True)
+        return Conductor(
+            scenario, document, results, workers=max(1, len(nodes)), send=send, alive=alive, progress=self.progress
+        )
+
+    def publish(self) -> int:
+        """Tells where the run is and what it came to; returns the exit code: 0 VALID, 3 INVALID."""
+        run = self.conductor.run
+        self.progress({"phase": "sealed", "folder": str(run.folder), "headline": run.document["verdict"]["headline"]})
+        if self.progress_file is None:
+            from loadgen.edge import report  # imported late: the load process must stay small while it measures
+
+            report.text([run])
+            print(f"sealed in {run.folder}", flush=True)
+        return 0 if run.valid else 3
+
+    def progress(self, snapshot: dict[str, Any]) -> None:
+        if self.progress_file:
+            try:
+                print(json.dumps(snapshot), file=self.progress_file)
+            except OSError:
+                self.progress_file = None
+
+    def stop(self, **_: Any) -> None:
+        """Locust stops the test. At its --run-time limit the run is left to drain; before that, it is cut off."""
+        conductor = self.conductor
+        if conductor is None or conductor.sealed.is_set():
+            return
+        limit_s = seconds(self.environment.parsed_options.run_time)
+        if not limit_s or time.monotonic() - self.started < limit_s - 0.5:
+            conductor.cut("stopped by the user")
+        self.finished.join()
+
+    def quit(self, **_: Any) -> None:
+        """Ctrl-C or SIGTERM: whatever was measured is sealed before the process ends."""
+        if self.conductor and not self.conductor.sealed.is_set():
+            self.conductor.cut("stopped by the user (Ctrl-C or SIGTERM)")
+            self.finished.join(timeout=60)
+
+    def on_ready(self, msg: Any, **_: Any) -> None:
+        self.deliver("ready", msg)
+
+    def on_rows(self, msg: Any, **_: Any) -> None:
+        self.deliver("rows", msg)
+
+    def on_end(self, msg: Any, **_: Any) -> None:
+        self.deliver("end", msg)
+
+    def deliver(self, kind: str, msg: Any) -> None:
+        if self.conductor:
+            self.conductor.on_message(kind, msg.data)
+
+
+def seconds(run_time: Any) -> float | None:
+    """Locust's --run-time as seconds: it is a number after parsing, a string before."""
+    from locust.util.timespan import parse_timespan
+
+    try:
+        return parse_timespan(run_time) if isinstance(run_time, str) and run_time else run_time or None
+    except ValueError as error:
+        raise UserError(f"--run-time is {run_time!r}; give a time such as 30s, 10m or 1h30m") from error
+
+
+def _silent(plan: dict[str, Any]) -> dict[str, Any]:
+    """The audit of a worker that never measured."""
+    return {"audit": asdict(WorkerAudit(plan["worker"], 0, 0, 0, 0, 0, 0, 0, 0.0, 0)), "wall_s": 0.0}

@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a test double by path: there are no packages under tests/, or they would shadow the real ones."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def _fake_triton_process() -> Iterator[object]:
+    server = _load(Path(__file__).parent / "fakes" / "triton_server.py").start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def fake_triton(_fake_triton_process):  # type: ignore[no-untyped-def]
+    """A fake Triton in its own process, with an empty plan and log. See tests/fakes/triton_server.py."""
+    _fake_triton_process.plan({})
+    return _fake_triton_process
