@@ -50,8 +50,7 @@ def load_catalogue(path: Path = CATALOGUE_FILE) -> dict[str, Model]:
     """Every model by name. A broken file is a bug of this package, so its exceptions are left as they are."""
     entries = tomllib.loads(path.read_text(encoding="utf-8"))
     return {
-        name: Model(name=name, **{**entry, "precisions": tuple(entry["precisions"])})
-        for name, entry in entries.items()
+        name: Model(name=name, **{**entry, "precisions": tuple(entry["precisions"])}) for name, entry in entries.items()
     }
 
 

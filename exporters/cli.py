@@ -83,7 +83,9 @@ def _raise_stop(*_: object) -> None:
 @click.option("--grpc-port", default=8001, show_default=True, help="0 takes a free one.")
 @click.option("--metrics-port", default=8002, show_default=True, help="0 takes a free one.")
 @click.option("--ready-timeout", default=600.0, show_default=True, help="Seconds.")
-@click.option("--log", "log_path", type=click.Path(path_type=Path), help="Triton's log file.  [default: a temporary one]")
+@click.option(
+    "--log", "log_path", type=click.Path(path_type=Path), help="Triton's log file.  [default: a temporary one]"
+)
 def serve(
     repository: Path, models: tuple[str, ...], host: str, http_port: int, grpc_port: int, metrics_port: int,
     ready_timeout: float, log_path: Path | None,

@@ -1,7 +1,7 @@
 """Files on disk: a model appears in the repository complete or not at all. Its one rule: stage, hash, rename.
 
-    <out>/<name>/config.pbtxt  manifest.json  1/model.py ...
-    <out>/.staging-XXXX/<name>/...   while it is being written; holds a lock, swept by the next export after a crash
+<out>/<name>/config.pbtxt  manifest.json  1/model.py ...
+<out>/.staging-XXXX/<name>/...   while it is being written; holds a lock, swept by the next export after a crash
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 STAGING_PREFIX = ".staging-"
 MANIFEST = "manifest.json"
 _RENAME_EXCHANGE = 2  # linux/fs.h
-_AT_FDCWD = -100      # fcntl.h
+_AT_FDCWD = -100  # fcntl.h
 
 
 def check_name(name: str) -> str:
@@ -137,6 +137,4 @@ def _exchange(first: Path, second: Path) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
-    return (
-        libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
-    )
+    return libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0

@@ -76,7 +76,9 @@ def _private_backends(backend: Path, stub: Path) -> Path:
         shutil.copytree(backend, staging / "python", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy2(stub, staging / "python" / stub.name)
     except OSError as error:
-        raise UserError(f"cannot write {cache} ({error.strerror}); set XDG_CACHE_HOME to a folder you may write") from None
+        raise UserError(
+            f"cannot write {cache} ({error.strerror}); set XDG_CACHE_HOME to a folder you may write"
+        ) from None
     try:
         staging.rename(target)
     except OSError:  # another process was faster

@@ -70,19 +70,18 @@ def load_model(folder: Path, settings: dict, device: str) -> torch.nn.Module:
 def _batching_config(settings: dict) -> ContinuousBatchingConfig:
     """The manager's settings under the names that the installed transformers has."""
     page = settings["page_size"]
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     wanted = {
-        "page_size": page,   # since 5.2x
-        "block_size": page,  # before
+        "page_size" if "page_size" in known else "block_size": page,  # renamed after 5.17
         "num_blocks": settings["kv_tokens"] // page or None,
         "max_batch_tokens": settings["max_batch_tokens"],
         "max_requests_per_batch": settings["max_sequences"],
         "max_memory_percent": settings["kv_memory_share"],
         "allow_block_sharing": False,  # shared prefixes would make repeated prompts look faster than they are
-        "use_cuda_graph": False,       # this backend is the eager one
-        "use_async_batching": False,   # token choice looks at the tokens of the step before
+        "use_cuda_graph": False,  # this backend is the eager one
+        "use_async_batching": False,  # token choice looks at the tokens of the step before
         "auto_switch_to_flash": False,
     }
-    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
     return ContinuousBatchingConfig(**{name: value for name, value in wanted.items() if name in known})
 
 

@@ -28,7 +28,7 @@ from llm_request import BadRequest, check_context, parse_prompt, read_request
 from llm_text import TextStream
 
 WATCH_PERIOD_S = 0.25  # how soon a client that went away is noticed, and how fresh the gauges are
-DRAIN_S = 20.0         # how long `finalize` waits for open requests
+DRAIN_S = 20.0  # how long `finalize` waits for open requests
 METRICS = (
     ("running", "GAUGE", "tritonmark_requests_running", "Sequences in the running batch"),
     ("waiting", "GAUGE", "tritonmark_requests_waiting", "Sequences waiting for room in the batch"),

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 DEFAULTS: dict[str, Any] = {
-    "max_tokens": None,    # filled from the settings
+    "max_tokens": None,  # filled from the settings
     "min_tokens": 0,
     "ignore_eos": False,
-    "temperature": 0.0,    # 0 is greedy
-    "top_k": 0,            # 0 is off
-    "top_p": 1.0,          # 1 is off
+    "temperature": 0.0,  # 0 is greedy
+    "top_k": 0,  # 0 is off
+    "top_p": 1.0,  # 1 is off
     "seed": None,
     "stream": False,
 }

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute  # noqa: F401  pyarrow would import it at the first batch, and stall the event loop for 60 ms
 import pyarrow.parquet as pq
 
 from loadgen.core.metrics import Summary, select, summarise
@@ -122,7 +123,7 @@ class RunWriter:
 def stream_tables(path: Path) -> Iterator[pa.Table]:
     """Whole batches of an Arrow stream file, grouped to bounded size; stops quietly at a torn last batch."""
     pending: list[pa.RecordBatch] = []
-    values = 0
+    values = groups = 0
     if path.stat().st_size:
         with path.open("rb") as file, contextlib.suppress(pa.ArrowInvalid, OSError):
             for batch in pa.ipc.open_stream(file):
@@ -130,8 +131,9 @@ def stream_tables(path: Path) -> Iterator[pa.Table]:
                 values += batch.num_rows + len(batch.column("chunk_ns").flatten())
                 if values >= GROUP_VALUES:
                     yield pa.Table.from_batches(pending)
-                    pending, values = [], 0
-    yield pa.Table.from_batches(pending, schema=ARROW_SCHEMA)
+                    pending, values, groups = [], 0, groups + 1
+    if pending or not groups:
+        yield pa.Table.from_batches(pending, schema=ARROW_SCHEMA)
 
 
 def seal(folder: Path, document: dict[str, Any], scenario: Scenario, make_audit: Callable[[Rows], Audit]) -> Run:
@@ -172,7 +174,7 @@ def seal(folder: Path, document: dict[str, Any], scenario: Scenario, make_audit:
         ) from error
     for name in ("records.arrows", "start.json"):
         (folder / name).unlink(missing_ok=True)
-    return Run(folder, sealed)
+    return Run(folder, json.loads(json.dumps(sealed)))  # as a reader of the file would see it
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class Server:
         self.decoding = 0
         self.waiting: deque[Stream] = deque()
         self.rows: list[dict[str, Any]] = []
+        self.made: dict[tuple[str, int], list[tuple[bytes, int]]] = {}
 
     def after_stall(self, due_ns: int) -> int:
         """`due_ns`, or the end of the whole-server stall it falls into."""
@@ -260,7 +261,10 @@ class Stream:
             "ended_ns": None,
         }
         self.server.rows.append(self.row)
-        self.events = _events(self.plan, model, body)
+        total = int(body.get("max_tokens", self.plan["max_tokens"]))
+        if (made := self.server.made.get((model, total))) is None:
+            made = self.server.made[model, total] = _events(self.plan, model, total)
+        self.events = made  # making them anew for each of many requests that arrive at once would delay the others
         self.next = 0
         self.due = 0
         self.head_sent = False
@@ -291,7 +295,7 @@ class Stream:
             self.due += round(stall[1] * 1e9)
         if self.plan["batch_ms"]:
             step = round(self.plan["batch_ms"] * 1e6)
-            self.due = -(-self.due // step) * step
+            self.due = (self.due // step + 1) * step
         self.due = self.server.after_stall(self.due)
         self.at(self.due, self.step)
 
@@ -421,9 +425,8 @@ def _event(plan: dict[str, Any], message: dict[str, Any] | str) -> bytes:
     return (plan["newline"].join(lines) + plan["newline"] * 2).encode()
 
 
-def _events(plan: dict[str, Any], model: str, body: dict[str, Any]) -> list[tuple[bytes, int]]:
-    """The events of one response and the tokens in each, made before the first is due."""
-    total = int(body.get("max_tokens", plan["max_tokens"]))
+def _events(plan: dict[str, Any], model: str, total: int) -> list[tuple[bytes, int]]:
+    """The events of a response of `total` tokens, and the tokens in each, made before the first is due."""
     events, sent = [], 0
     usage = {"num_input_tokens": plan["num_input_tokens"], "total_output_tokens": total + plan["usage_error"]}
     while sent < total:

@@ -1,0 +1,37 @@
+# Two commands matter: `make bench` runs the main job, `make test` passes the tests. Both set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: setup bench test test-all check format clean
+
+setup: $(VENV)/ready
+
+# The torch step comes first and chooses CPU or CUDA, so that no later step can pull a CUDA build by surprise.
+$(VENV)/ready: pyproject.toml scripts/install_torch.py
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"error: Python 3.11 or 3.12 is needed, {sys.executable} is {sys.version.split()[0]}: run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python scripts/install_torch.py
+	$(BIN)/python -m pip install --quiet -e '.[embedded,dev]'
+	touch $@
+
+bench: setup
+	$(BIN)/tritonmark bench $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy loadgen/core
+	$(BIN)/python docs/check.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
