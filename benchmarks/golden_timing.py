@@ -6,11 +6,13 @@ sent it. What is left is the error of the whole path: kernel, event loop, parser
 
     python benchmarks/golden_timing.py                    # the sealed rows of `locust -f loadgen/llm.py`
     python benchmarks/golden_timing.py --path client      # the streaming client alone, in a small gevent loop
+    python benchmarks/golden_timing.py --path client-kernel    # the same, arrivals stamped by the kernel
     python benchmarks/golden_timing.py --batch            # all 64 streams send at the same instant: the worst case
 
 Columns: `arrival`, recorded arrival of each response less the clock before its write; `ITL`, recorded gap less true
-gap; `TTFT`, (first - sent) as recorded less (first write - arrival of the request) as the server saw it. The last three
-rows are the server's: how late it sent against its own plan, which no client can be blamed for.
+gap; `TTFT`, (first - sent) as recorded less (first write - request read) as the server saw it. The other rows are the
+server's own lateness, which no client can be blamed for: they say how busy the machine was, and the first of them is
+part of the TTFT error.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,10 +48,13 @@ def load_fake() -> Any:
     return module
 
 
-def through_client(url: str, streams: int, tokens: int, seconds: float, _: float) -> dict[str, Row]:
+def through_client(
+    url: str, streams: int, tokens: int, seconds: float, itl_ms: float, kernel_stamps: bool = False
+) -> dict[str, Row]:
     """The streaming client by itself: `streams` greenlets, each sending its next request when the last one ended."""
     command = [sys.executable, __file__, "--child", url, str(streams), str(tokens), str(seconds)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds * 3 + 60).stdout
+    command += ["kernel"] if kernel_stamps else []
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=seconds * 3 + 60).stdout
     return {key: (sent, first, arrivals) for key, (sent, first, arrivals) in json.loads(output).items()}
 
 
@@ -64,7 +70,7 @@ def child(url: str, streams: int, tokens: int, seconds: float) -> None:
     from loadgen.core.record import Outcome, Phase, Record
     from loadgen.edge.clients.triton_http import TritonHttp
 
-    client = TritonHttp(url, "fake", clock=time.monotonic_ns)
+    client = TritonHttp(url, "fake", clock=time.monotonic_ns, kernel_stamps="kernel" in sys.argv)
     records: list[Record] = []
     end = time.monotonic() + seconds
 
@@ -144,19 +150,21 @@ def line(name: str, errors: Sequence[int]) -> float:
 def compare(rows: dict[str, Row], log: list[dict[str, Any]], itl_ns: int, batch: bool) -> bool:
     """Print the table; True if arrivals, gaps and TTFT are within the target at p99."""
     truth = {row["id"]: row for row in log}
-    arrival, gap, ttft, late, server_gap, write = [], [], [], [], [], []
+    arrival, gap, ttft, late, server_gap, write, read = [], [], [], [], [], [], []
     for key, (sent, first, arrivals) in rows.items():
         sends = [(before, after) for before, after, tokens in truth[key]["events"] if tokens]
         assert len(sends) == len(arrivals), f"request {key}: {len(arrivals)} responses recorded, {len(sends)} sent"
         arrival += [at - before for at, (before, _) in zip(arrivals, sends, strict=True)]
         gap += [(b - a) - (d[0] - c[0]) for (a, b), (c, d) in zip(pairwise(arrivals), pairwise(sends), strict=True)]
         ttft.append((first - sent) - (sends[0][0] - truth[key]["arrived_ns"]))
+        read.append(truth[key]["arrived_ns"] - sent)
         server_gap += [b[0] - a[0] - itl_ns for a, b in pairwise(sends)]
         if not batch:
             late += [before - sends[0][0] - k * itl_ns for k, (before, _) in enumerate(sends)]
         write += [after - before for before, after in sends]
     print(f"{'|error| in ms':24}{'n':>9}{'median':>10}{'p50':>9}{'p99':>9}{'p99.9':>9}{'max':>9}")
     worst = max(line("arrival", arrival), line("ITL", gap), line("TTFT", ttft))
+    line("server: request read", read)
     line("server: gap - plan", server_gap)
     if late:
         line("server: drift from first", late)
@@ -167,7 +175,7 @@ def compare(rows: dict[str, Row], log: list[dict[str, Any]], itl_ns: int, batch:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", choices=["locust", "client"], default="locust")
+    parser.add_argument("--path", choices=["locust", "client", "client-kernel"], default="locust")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--itl-ms", type=float, default=20.0)
     parser.add_argument("--tokens", type=int, default=100)
@@ -175,7 +183,11 @@ def main() -> int:
     parser.add_argument("--batch", action="store_true", help="all streams send on one time grid")
     options = parser.parse_args()
     pace = {"batch_ms": options.itl_ms} if options.batch else {"itl_ms": options.itl_ms}
-    through = through_locust if options.path == "locust" else through_client
+    through = {
+        "locust": through_locust,
+        "client": through_client,
+        "client-kernel": partial(through_client, kernel_stamps=True),
+    }[options.path]
     fake = load_fake().start({"ttft_ms": TTFT_MS} | pace)
     try:
         rows = through(fake.url, options.streams, options.tokens, options.seconds, options.itl_ms)

@@ -1,4 +1,4 @@
-"""`tritonmark models | export | serve`: what exists, make it, run it. Options are overrides; defaults live in the data."""
+"""`tritonmark models | export | serve`. Options are overrides; the defaults live in the catalogue."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def export(
     click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 (a request, not an error)
     """Ctrl-C or SIGTERM arrived."""
 
 

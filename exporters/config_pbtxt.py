@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-DATA_TYPES = frozenset(
-    f"TYPE_{name}"
-    for name in ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "STRING", "BF16"]
-)
+_NUMBERS = {f"{kind}{bits}" for kind in ("UINT", "INT") for bits in (8, 16, 32, 64)} | {"FP16", "FP32", "FP64", "BF16"}
+DATA_TYPES = frozenset(f"TYPE_{name}" for name in _NUMBERS | {"BOOL", "STRING"})
 INSTANCE_KINDS = frozenset({"KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"})
 _SHORT_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 

@@ -32,9 +32,9 @@ def export_model(
 ) -> Path:
     """Write `out/name` and return it; `out/name/manifest.json` says what it is.
 
-    `weights` is `synthetic`, `hub` or a folder; `precision` defaults to the model's first one, `name` to the model's own.
-    `device` is `auto` (the GPU that Triton gives, else the CPU) or `cpu`. Bad input is a UserError, and then, as after a
-    crash, nothing appears in `out`.
+    `weights` is `synthetic`, `hub` or a folder; `precision` defaults to the model's first one, `name` to its own
+    name. `device` is `auto` (the GPU that Triton gives, else the CPU) or `cpu`. Bad input is a UserError, and then,
+    as after a crash, nothing appears in `out`.
     """
     order = _check(model, backend, weights, name, precision, seed, device)
     build = find_exporter(order.model.family, backend)

@@ -3,8 +3,8 @@
     with TritonServer("model_repository", models=["phi-2-tiny"]) as server:
         requests.get(f"{server.http_url}/v2/health/ready")
 
-The end is certain in every case: leaving the block, an exception, Ctrl-C, and the death of this process (the kernel then
-sends SIGTERM to the server). Start it from a thread that lives as long as the server should.
+The end is certain in every case: leaving the block, an exception, Ctrl-C, and the death of this process (the kernel
+then sends SIGTERM to the server). Start it from a thread that lives as long as the server should.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _LOG_PREFIX = re.compile(r"^[EIW]\d{4} [\d:.]+ \d+ [\w.]+:\d+\] ")
 
 
 class TritonServer:
-    """One tritonserver process. Ports of 0 are chosen; `http_url`, `grpc_port`, `metrics_url` and `pid` are known inside
-    the block. `models` are the ones to load, all in the repository by default. `on_progress` gets one line of text per
-    event. A start that fails is a UserError with the reason from the log, which stays at `log_path`."""
+    """One tritonserver process. Ports of 0 are chosen; `http_url`, `grpc_port`, `metrics_url` and `pid` are known
+    inside the block. `models` are the ones to load, all in the repository by default. `on_progress` gets one line of
+    text per event. A start that fails is a UserError with the reason from the log, which stays at `log_path`."""
 
     def __init__(
         self,
@@ -250,7 +250,7 @@ def _choose_ports(host: str, wanted: tuple[int, int, int]) -> list[int]:
                 probe.bind((host, port))
             except OSError as error:
                 raise UserError(
-                    f"cannot use port {port} on {host} for {name} ({error.strerror}); choose another --{name}-port, or 0"
+                    f"cannot use port {port} on {host} for {name} ({error.strerror}); choose another --{name}-port or 0"
                 ) from None
             ports.append(probe.getsockname()[1])
         return ports

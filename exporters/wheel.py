@@ -1,4 +1,4 @@
-"""The real tritonserver inside the `nvidia-pytriton` wheel, found without importing pytriton. Its one rule: check first.
+"""The real tritonserver inside the `nvidia-pytriton` wheel, found without importing it. Its one rule: check first.
 
 Only the python backend is in the wheel. Its stub must match the running Python, stands in another folder than the
 backend, needs libpython, and needs numpy < 2 in the `python3` that is first on PATH.

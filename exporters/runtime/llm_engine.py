@@ -20,6 +20,8 @@ from llm_sampling import Rule, TokenRules
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WARM_UP_PROMPTS = (8, 128, 512)  # tokens
+WARM_UP_LIMIT_S = 300
 UNREACHABLE = -1e4  # bias of the tokens that the tokenizer cannot spell; finite in fp16 too
 
 
@@ -169,18 +171,20 @@ class Engine:
         self._manager.stop(block=True, timeout=timeout_s, hard_stop=True)
 
     def _warm_up(self) -> None:
-        """One small request, so that the first real one does not pay for first-time work."""
-        self._manager.add_request([0] * 8, request_id="warm-up", max_new_tokens=4, eos_token_id=-1)
-        deadline = time.monotonic() + 300
-        while (output := self._manager.get_result(timeout=1.0)) is None or not output.is_finished():
-            if self.failure() or time.monotonic() > deadline:
-                raise RuntimeError(self.failure() or "the first request took more than 300 s")
-        if output.error:
-            raise RuntimeError(f"the first request failed: {output.error}")
+        """Small requests one after the other, so that the first real one does not pay for first-time work: on an H100
+        the first prompt of a new length class costs up to a second."""
+        deadline = time.monotonic() + WARM_UP_LIMIT_S
+        for length in WARM_UP_PROMPTS:
+            self._manager.add_request([0] * length, request_id=f"warm-up-{length}", max_new_tokens=4, eos_token_id=-1)
+            while (output := self._manager.get_result(timeout=1.0)) is None or not output.is_finished():
+                if self.failure() or time.monotonic() > deadline:
+                    raise RuntimeError(self.failure() or f"warming up took more than {WARM_UP_LIMIT_S} s")
+            if output.error:
+                raise RuntimeError(f"the first request failed: {output.error}")
 
 
 def read_settings(folder: Path, overrides: dict[str, str]) -> dict:
-    """`settings.json` beside model.py; `overrides` are the parameters of config.pbtxt and win where the name is known."""
+    """`settings.json` beside model.py; `overrides`, the parameters of config.pbtxt, win where the name is known."""
     settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     for name, text in overrides.items():
         if name in settings:

@@ -5,8 +5,8 @@ from. Three threads share the work: Triton calls `execute`, which only checks an
 transformers computes; `_deliver` sends what it made. A fourth, `_watch`, sleeps while no request is open.
 
 Inputs (tensors or request parameters of the same name): text_input, max_tokens, min_tokens, ignore_eos, temperature,
-top_k, top_p, seed, stream. Outputs: text_output (what is new since the response before) and num_output_tokens (tokens in
-this response); on the last response also finish_reason (length, stop, cancelled), num_input_tokens and
+top_k, top_p, seed, stream. Outputs: text_output (what is new since the last response) and num_output_tokens (tokens in
+this one); on the last response also finish_reason (length, stop, cancelled), num_input_tokens and
 total_output_tokens. A response may carry several tokens: count num_output_tokens, never responses. An end token counts
 as a token and adds no text.
 """
@@ -24,7 +24,7 @@ import tokenizers
 import torch
 import triton_python_backend_utils as pb_utils
 from llm_engine import Engine, read_settings
-from llm_request import BadRequest, check_context, parse_prompt, read_request
+from llm_request import BadRequestError, check_context, parse_prompt, read_request
 from llm_text import TextStream
 
 WATCH_PERIOD_S = 0.25  # how soon a client that went away is noticed, and how fresh the gauges are
@@ -86,7 +86,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._accept(request, sender)
-            except BadRequest as error:
+            except BadRequestError as error:
                 _refuse(sender, str(error), pb_utils.TritonError.INVALID_ARG)
             except Exception as error:
                 _refuse(sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)

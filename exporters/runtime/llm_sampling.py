@@ -1,10 +1,10 @@
 """Token choice for each request inside one continuous batch. Runs inside Triton; imports nothing of this project.
 
-transformers' continuous batching chooses tokens in one way for the whole batch. Here the batch is always greedy (argmax),
-and a request which asks for more gets its own row of logits changed first:
+transformers' continuous batching chooses tokens in one way for the whole batch. Here the batch is always greedy
+(argmax), and a request which asks for more gets its own row of logits changed first:
 - `min_tokens`: the end tokens get -inf until so many tokens exist;
-- sampling: after temperature, top_k and top_p, Gumbel noise is added. The argmax of logits plus Gumbel noise is an exact
-  draw from their softmax, and the noise comes from the request's own seeded generator, so equal seeds draw alike
+- sampling: after temperature, top_k and top_p, Gumbel noise is added. The argmax of logits plus Gumbel noise is an
+  exact draw from their softmax, and the noise comes from the request's own seeded generator, so equal seeds draw alike
   whatever else is in the batch.
 A batch without such requests pays for one dictionary look-up a step.
 """

@@ -88,7 +88,7 @@ def test_a_cut_character_is_replaced_at_the_end(runtime, tokenizer):
 )
 def test_bad_requests(runtime, fields, message):
     module = runtime("llm_request")
-    with pytest.raises(module.BadRequest, match=message):
+    with pytest.raises(module.BadRequestError, match=message):
         module.parse_prompt(fields, 64, 2048)
 
 

@@ -21,6 +21,9 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import struct
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -38,6 +41,11 @@ MAX_TOKENS_A_RESPONSE = 2**31 - 1  # what the int32 column holds
 # How long after sending on a reused connection its loss still means "the server had closed it while it was idle". A
 # later loss is a server that took the request and died, which has to be seen and not tried again.
 STALE_WINDOW_NS = 1_000_000_000
+
+# Linux stamps received TCP bytes for whoever asks; Python has no name for the option. (level, type) of the answer.
+_STAMP = (socket.SOL_SOCKET, 35)  # SO_TIMESTAMPNS
+_STAMP_BYTES = 64
+_timespec = struct.Struct("qq").unpack
 
 _decode = json.JSONDecoder().decode
 
@@ -64,6 +72,8 @@ class TritonHttp:
         timeout_s: deadline of the whole request, connect included; a server that keeps dripping can't outlive it.
         connect_timeout_s: deadline of the connect alone.
         clock: monotonic integer nanoseconds, relative to the start of the run.
+        kernel_stamps: take arrivals from the kernel (Linux, no TLS), so that a busy event loop can't make them late.
+            When a read holds segments that arrived apart, they get the stamp of the last one.
 
     Raises:
         UserError: `base_url` isn't an HTTP address.
@@ -77,11 +87,13 @@ class TritonHttp:
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
         clock: Callable[[], int],
+        kernel_stamps: bool = False,
     ) -> None:
         url = parse_base_url(base_url)
         self._host = str(url.hostname)
         self._port = url.port or (443 if url.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if url.scheme == "https" else None
+        self._kernel_stamps = kernel_stamps and not self._tls and sys.platform == "linux"
         self._timeout_ns = round(timeout_s * 1e9)
         self._connect_timeout_s = connect_timeout_s
         self._clock = clock
@@ -143,6 +155,8 @@ class TritonHttp:
             connection = socket.create_connection((self._host, self._port), limit_s)
             try:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._kernel_stamps:
+                    connection.setsockopt(*_STAMP, 1)
                 return self._tls.wrap_socket(connection, server_hostname=self._host) if self._tls else connection
             except BaseException:
                 connection.close()
@@ -177,30 +191,45 @@ class TritonHttp:
 
     def _read(self, connection: socket.socket, response: HttpResponse, record: Record, deadline: int) -> None:
         """Read to the end of the response. Under load most of the client's time is spent in this loop."""
-        clock, events, now = self._clock, 0, record.sent_ns or 0
+        clock, events = self._clock, 0
+        now = arrival = record.sent_ns or 0
         while not response.complete:
             if now >= deadline:  # a server that always has a byte ready would never let `recv` time out
                 raise TimeoutError
             connection.settimeout((deadline - now) / 1e9)
-            data = connection.recv(RECV_BYTES)
-            now = clock()
+            if self._kernel_stamps:
+                data, notes, _, _ = connection.recvmsg(RECV_BYTES, _STAMP_BYTES)
+                now = clock()
+                arrival = max(arrival, now - _age_ns(notes))
+            else:
+                data = connection.recv(RECV_BYTES)
+                now = arrival = clock()
             if not data:
                 _check_end_of_connection(response, record)
                 break
             response.feed(data)
             if response.status == 200:
                 for payload in response.events():
-                    _take(payload, now, record)
+                    _take(payload, arrival, record)
                     events += 1
         if response.status != 200:
             raise _RequestError(f"http_{response.status}", _error_text(response.body()))
         last = response.last_event()
         if last is not None:
-            _take(last, now, record)
+            _take(last, arrival, record)
             events += 1
         if not events:
             raise _RequestError("empty", "the stream ended without one event")
-        record.done_ns = now
+        record.done_ns = arrival
+
+
+def _age_ns(notes: list[tuple[int, int, bytes]]) -> int:
+    """How long ago the kernel received what was just read; 0 if it doesn't say, or if the wall clock was set back."""
+    for level, kind, value in notes:
+        if (level, kind) == _STAMP and len(value) == 16:
+            seconds, nanoseconds = _timespec(value)
+            return max(time.time_ns() - seconds * 1_000_000_000 - nanoseconds, 0)
+    return 0
 
 
 def _take(payload: bytes, arrival: int, record: Record) -> None:

@@ -100,8 +100,10 @@ def whole(*events: bytes) -> bytes:
 # Counts, order and times.
 
 
-def test_a_stream_becomes_a_row_that_agrees_with_what_was_sent(fake_triton: Any) -> None:
-    record = stream(fake_triton, {"ttft_ms": 20, "itl_ms": 10, "num_input_tokens": 7})
+@pytest.mark.parametrize("kernel_stamps", [False, True])
+def test_a_stream_becomes_a_row_that_agrees_with_what_was_sent(fake_triton: Any, kernel_stamps: bool) -> None:
+    plan = {"ttft_ms": 20, "itl_ms": 10, "num_input_tokens": 7}
+    record = stream(fake_triton, plan, kernel_stamps=kernel_stamps)
     (sent,) = fake_triton.log()
     assert (record.outcome, record.error) == (Outcome.OK, None)
     assert (record.tokens_in, record.tokens_out, record.usage_out) == (7, 8, 8)
@@ -114,6 +116,34 @@ def test_a_stream_becomes_a_row_that_agrees_with_what_was_sent(fake_triton: Any)
         assert 0 <= arrival - before < 50 * MS
     assert 0 <= record.done_ns - sent["events"][-1][0] < 50 * MS
     assert record.first_ns - record.sent_ns >= 20 * MS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux stamps received TCP bytes")
+@pytest.mark.parametrize("kernel_stamps", [False, True])
+def test_a_busy_client_stamps_late_unless_the_kernel_stamps(fake_triton: Any, kernel_stamps: bool) -> None:
+    calls = iter(range(1000))
+
+    def clock() -> int:
+        if next(calls) == 3:  # the first read is noticed 60 ms late, as behind other greenlets
+            time.sleep(0.06)
+        return time.monotonic_ns()
+
+    record = stream(fake_triton, {"itl_ms": 100}, max_tokens=3, clock=clock, kernel_stamps=kernel_stamps)
+    sends = [before for before, _, tokens in fake_triton.log()[0]["events"] if tokens]
+    late = [at - before for at, before in zip(record.chunk_ns, sends, strict=True)]
+    assert (late[0] < 40 * MS) is kernel_stamps and late[0] >= 0
+    assert all(0 <= after < 40 * MS for after in late[1:])
+
+
+def test_kernel_stamps_never_run_backwards_or_before_the_request(fake_triton: Any, monkeypatch: Any) -> None:
+    for jump_ns in (10**12, -(10**12)):  # the wall clock is set while a stream runs
+        wall = time.time_ns
+        monkeypatch.setattr(triton_http.time, "time_ns", lambda jump=jump_ns, wall=wall: wall() + jump)
+        record = stream(fake_triton, {"itl_ms": 3}, kernel_stamps=True)
+        monkeypatch.undo()
+        assert record.outcome is Outcome.OK and record.sent_ns is not None and record.done_ns is not None
+        times = [record.sent_ns, *record.chunk_ns, record.done_ns]
+        assert times == sorted(times)
 
 
 def test_a_response_may_carry_several_tokens(fake_triton: Any) -> None:
