@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -183,14 +183,14 @@ def main() -> int:
     parser.add_argument("--batch", action="store_true", help="all streams send on one time grid")
     options = parser.parse_args()
     pace = {"batch_ms": options.itl_ms} if options.batch else {"itl_ms": options.itl_ms}
-    through = {
+    paths: dict[str, Callable[[str, int, int, float, float], dict[str, Row]]] = {
         "locust": through_locust,
         "client": through_client,
         "client-kernel": partial(through_client, kernel_stamps=True),
-    }[options.path]
+    }
     fake = load_fake().start({"ttft_ms": TTFT_MS} | pace)
     try:
-        rows = through(fake.url, options.streams, options.tokens, options.seconds, options.itl_ms)
+        rows = paths[options.path](fake.url, options.streams, options.tokens, options.seconds, options.itl_ms)
         log = fake.log()
     finally:
         fake.stop()

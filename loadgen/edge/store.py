@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute  # noqa: F401  pyarrow would import it at the first batch, and stall the event loop for 60 ms
 import pyarrow.parquet as pq
 
 from loadgen.core.metrics import Summary, select, summarise

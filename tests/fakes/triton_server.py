@@ -422,12 +422,14 @@ def _event(plan: dict[str, Any], message: dict[str, Any] | str) -> bytes:
     if plan["noise"]:
         middle = text.index(",") + 1 if "," in text else len(text)
         lines = [": comment", "", "event: message", f"data:{text[:middle]}", f"data: {text[middle:]}", "id: 1"]
-    return (plan["newline"].join(lines) + plan["newline"] * 2).encode()
+    newline: str = plan["newline"]
+    return (newline.join(lines) + newline * 2).encode()
 
 
 def _events(plan: dict[str, Any], model: str, total: int) -> list[tuple[bytes, int]]:
     """The events of a response of `total` tokens, and the tokens in each, made before the first is due."""
-    events, sent = [], 0
+    events: list[tuple[bytes, int]] = []
+    sent = 0
     usage = {"num_input_tokens": plan["num_input_tokens"], "total_output_tokens": total + plan["usage_error"]}
     while sent < total:
         tokens = min(plan["tokens"][len(events) % len(plan["tokens"])], total - sent)

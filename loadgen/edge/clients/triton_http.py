@@ -199,8 +199,9 @@ class TritonHttp:
             connection.settimeout((deadline - now) / 1e9)
             if self._kernel_stamps:
                 data, notes, _, _ = connection.recvmsg(RECV_BYTES, _STAMP_BYTES)
+                age_ns = _age_ns(notes)  # before `clock`: what passes between the two may only make an arrival late
                 now = clock()
-                arrival = max(arrival, now - _age_ns(notes))
+                arrival = max(arrival, now - age_ns)
             else:
                 data = connection.recv(RECV_BYTES)
                 now = arrival = clock()
@@ -228,7 +229,8 @@ def _age_ns(notes: list[tuple[int, int, bytes]]) -> int:
     for level, kind, value in notes:
         if (level, kind) == _STAMP and len(value) == 16:
             seconds, nanoseconds = _timespec(value)
-            return max(time.time_ns() - seconds * 1_000_000_000 - nanoseconds, 0)
+            age_ns: int = time.time_ns() - seconds * 1_000_000_000 - nanoseconds
+            return max(age_ns, 0)
     return 0
 
 
