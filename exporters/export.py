@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from exporters import layout
@@ -49,9 +50,10 @@ def export_model(
         except ModuleNotFoundError as error:
             missing = error.name or str(error)
             raise UserError(f"exporting needs {missing}; install it with: pip install 'tritonmark[embedded]'") from None
+        facts = _facts(order, json.loads((version / "settings.json").read_text(encoding="utf-8")))
+        config = replace(config, parameters={**config.parameters, **_provenance(facts)})
         (folder / "config.pbtxt").write_text(render(config), encoding="utf-8")
-        settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))
-        layout.write_manifest(folder, _facts(order, settings))
+        layout.write_manifest(folder, facts)
     tell(f"wrote {out / order.name}")
     return out / order.name
 
@@ -70,9 +72,15 @@ def _check(
     return Order(entry, backend, chosen, weights, seed, layout.check_name(name or model), device)
 
 
+def _provenance(facts: dict) -> dict[str, str]:
+    """What a load test asks the server about the model, as parameters of its configuration."""
+    named = {f"tritonmark.{name}": str(facts[name]) for name in ("model", "backend", "precision", "weights", "seed")}
+    return named | {"tritonmark.tools": json.dumps(facts["tools"])}
+
+
 def _facts(order: Order, settings: dict) -> dict:
     """What the manifest says beside hashes and time."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for tool in TOOLS:
         try:
             versions[tool] = importlib.metadata.version(tool)

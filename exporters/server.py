@@ -115,9 +115,6 @@ class TritonServer:
         process, self._process = self._process, None
         if process is None:
             return
-        family = [process]
-        with contextlib.suppress(psutil.Error):
-            family += psutil.Process(process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
@@ -125,11 +122,13 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             self._tell("Triton does not stop; killing it")
         finally:
+            # By process group and not by parent: the stubs of a server that crashed have lost their parent.
+            family = [p for p in psutil.process_iter() if _group(p.pid) == process.pid]
             for member in family:
-                with contextlib.suppress(psutil.Error, ProcessLookupError):
+                with contextlib.suppress(psutil.Error):
                     member.kill()
             process.wait()
-            psutil.wait_procs(family[1:], timeout=5)
+            psutil.wait_procs(family, timeout=5)
             for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
                 region.unlink(missing_ok=True)
 
@@ -254,6 +253,13 @@ def _choose_ports(host: str, wanted: tuple[int, int, int]) -> list[int]:
                 ) from None
             ports.append(probe.getsockname()[1])
         return ports
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _reachable(host: str) -> str:

@@ -184,7 +184,11 @@ class TritonPythonModel:
 
     def _drop_cancelled(self) -> None:
         for request_id, entry in list(self._open.items()):
-            if entry.sender.is_cancelled() and self._close(request_id):
+            # Triton frees the sender's factory with the final response, and asking after that is a segmentation fault
+            # of the whole server. Final responses are sent only by who has closed the request, which takes the lock.
+            with self._lock:
+                gone = request_id in self._open and entry.sender.is_cancelled()
+            if gone and self._close(request_id):
                 self.engine.cancel(request_id)
                 self._tally["cancelled"] += 1
                 tensors = [_text("text_output", ""), _number("num_output_tokens", 0)]

@@ -28,11 +28,6 @@ def spell(value: Value) -> str:
     return str(value)
 
 
-def number(value: Value) -> float:
-    """A double with two decimals is what most summary lines show; this is its argument."""
-    return float(value)
-
-
 def summary_text(result: LoadGenResult, settings: Settings, name: str, parameters: Parameters, mode: str) -> str:
     """The three sections of the summary, ending without the line about warnings and errors.
 
@@ -61,7 +56,7 @@ def parameter_lines(settings: Settings, parameters: Parameters) -> list[str]:
 def _headline(result: LoadGenResult, settings: Settings) -> list[str]:
     facts, kind, label = result.facts, settings.kind, f"{settings.percentile * 100:.1f}th"
     if kind is Kind.SERVER:
-        lines = [f"Completed samples per second    : {number(facts['result_completed_samples_per_sec']):.2f}"]
+        lines = [f"Completed samples per second    : {float(facts['result_completed_samples_per_sec']):.2f}"]
         tokens = [f"Completed tokens per second: {result.tokens_per_s:.2f}"]
     elif kind is Kind.OFFLINE:
         lines = [f"Samples per second: {spell(facts['result_samples_per_second'])}"]
@@ -92,8 +87,8 @@ def _verdict(result: LoadGenResult, settings: Settings) -> list[str]:
 def _stats(result: LoadGenResult, settings: Settings) -> list[str]:
     facts, kind, lines = result.facts, settings.kind, []
     if kind is Kind.SINGLE_STREAM:
-        lines += [f"QPS w/ loadgen overhead         : {number(facts['result_qps_with_loadgen_overhead']):.2f}",
-                  f"QPS w/o loadgen overhead        : {number(facts['result_qps_without_loadgen_overhead']):.2f}",
+        lines += [f"QPS w/ loadgen overhead         : {float(facts['result_qps_with_loadgen_overhead']):.2f}",
+                  f"QPS w/o loadgen overhead        : {float(facts['result_qps_without_loadgen_overhead']):.2f}",
                   ""]  # fmt: skip
     elif kind is Kind.SERVER:
         lines.append(f"Scheduled samples per second : {result.scheduled_per_s:.2f}")
@@ -109,18 +104,28 @@ def _token_stats(result: LoadGenResult, settings: Settings) -> list[str]:
     if kind is Kind.OFFLINE:
         return lines
     if kind is Kind.SINGLE_STREAM:
-        lines.append(f"TPS w/ loadgen overhead         : {number(facts['result_token_throughput_with_loadgen_overhead']):.2f}")
-        lines.append(f"TPS w/o loadgen overhead        : {number(facts['result_token_throughput']) * 1e9:.2f}")
+        with_overhead = float(facts["result_token_throughput_with_loadgen_overhead"])
+        lines.append(f"TPS w/ loadgen overhead         : {with_overhead:.2f}")
+        lines.append(f"TPS w/o loadgen overhead        : {float(facts['result_token_throughput']) * 1e9:.2f}")
     elif kind is Kind.SERVER:
         lines.append(f"Completed tokens per second                 : {result.tokens_per_s:.2f}")
-    for title, key, last, word in (("First Token latency", "result_first_token_{}_latency_ns", "first token", ""),
-                             ("Time per Output Token", "result_time_to_output_token_{}", "time to output token", "\n")):
-        lines += [""] if word else []
-        lines += [f"{low.title()} {title} (ns)                : {facts[key.format(low)]}" for low in ("min", "max", "mean")]
-        middle = "result_first_token_{}_percentile_latency_ns" if not word else "result_time_per_output_token_{}_percentile_ns"
-        tail = " latency" if not word else ""
-        lines += [f"{p * 100:.2f} percentile {last}{tail} (ns)   : {facts[middle.format(f'{p * 100:.2f}')]}" for p in PERCENTILES]
+    first, tpot = "result_first_token_{}_latency_ns", "result_time_to_output_token_{}"
+    lines += _extremes(facts, first, "First Token latency")
+    for p in (f"{p * 100:.2f}" for p in PERCENTILES):
+        value = facts[f"result_first_token_{p}_percentile_latency_ns"]
+        lines.append(f"{p} percentile first token latency (ns)   : {value}")
+    lines += ["", *_extremes(facts, tpot, "Time per Output Token")]
+    for p in (f"{p * 100:.2f}" for p in PERCENTILES):
+        value = facts[f"result_time_per_output_token_{p}_percentile_ns"]
+        lines.append(f"{p} percentile time to output token (ns)   : {value}")
     return lines
+
+
+def _extremes(facts: Facts, key: str, title: str) -> list[str]:
+    names = {"min": "Min", "max": "Max", "mean": "Mean"}
+    return [
+        f"{label} {title} (ns){' ' * (19 - len(label))}: {facts[key.format(name)]}" for name, label in names.items()
+    ]
 
 
 def _spread(facts: Facts, plain: str, suffix: str) -> list[str]:

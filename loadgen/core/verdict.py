@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from loadgen.core.cautions import cautions
 from loadgen.core.early_stopping import max_overlatency, min_queries
 from loadgen.core.metrics import Summary, percentile_name, within_limits
+from loadgen.core.reason import Reason as Reason
 from loadgen.core.record import NEVER, Rows
 from loadgen.core.scenario import Kind, Limits, Minimums, Scenario
 
@@ -76,22 +78,16 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class Reason:
-    """Why a run does not count: a stable code, what was seen, the limit, and what to do about it."""
-
-    code: str
-    seen: str
-    limit: str
-    advice: str
-
-
-@dataclass(frozen=True)
 class Verdict:
-    """VALID when there are no reasons. `lacking` is empty where the run also meets MLPerf's minimums."""
+    """VALID when there are no reasons. `lacking` is empty where the run also meets MLPerf's minimums.
+
+    `cautions` are remarks that LoadGen's rules don't know: they decide nothing.
+    """
 
     preset: str
     reasons: tuple[Reason, ...] = ()
     lacking: tuple[Reason, ...] = field(default=())
+    cautions: tuple[Reason, ...] = field(default=())
 
     @property
     def valid(self) -> bool:
@@ -121,7 +117,8 @@ def judge(summary: Summary, rows: Rows, scenario: Scenario, audit: Audit) -> Ver
         *_tokens(rows),
     ]
     lacking = _minimums(rows, summary, scenario, scenario.mlperf)
-    return Verdict(scenario.preset, tuple(reasons), tuple(lacking))
+    remarks = cautions(summary, rows, scenario, limited(scenario.limits))
+    return Verdict(scenario.preset, tuple(reasons), tuple(lacking), tuple(remarks))
 
 
 def _ending(rows: Rows, audit: Audit) -> list[Reason]:

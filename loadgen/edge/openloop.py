@@ -164,13 +164,14 @@ class Control:
         library = PromptLibrary(scenario.prompts, scenario)
         host = self.environment.host or ""
         server = probe(host, options.model)
-        exported = server.pop("parameters")
+        parameters = server.pop("parameters")
+        exported = {k.removeprefix("tritonmark."): v for k, v in parameters.items() if k.startswith("tritonmark.")}
         document = {
             "model": options.model,
             "backend": exported.get("backend", server["backend"] or "unknown"),
             "precision": exported.get("precision", "unknown"),
             "weights": exported.get("weights", "unknown"),
-            "manifest_sha256": exported.get("manifest_sha256"),
+            "exported": exported,
             "server": {"url": host, **server},
             "hardware": hardware.describe(host, options.hardware),
             "overrides": {k: v for k, v in overrides.items() if v is not None and v != ""},

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -248,3 +250,20 @@ def test_numpy_2(monkeypatch):
     monkeypatch.setattr(wheel.importlib, "metadata", fake)
     with pytest.raises(UserError, match="pip install 'numpy<2'"):
         wheel._check_numpy()
+
+
+def test_many_short_answers_at_once_leave_the_server_alive(ask, server):
+    """Final responses race with the look for closed connections; Triton once died of that within a second."""
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda n: ask(text_input="Short.", max_tokens=1 + n % 2, stream=True), range(500)))
+    assert server.exit_reason() is None
+    assert all(responses[-1]["finish_reason"] for responses in answers)
+
+
+def test_a_crashed_server_leaves_nothing(repository, tmp_path):
+    with TritonServer(repository, log_path=tmp_path / "log") as running:
+        family = [p.pid for p in psutil.process_iter() if os.getpgid(p.pid) == running.pid]
+        os.kill(running.pid, signal.SIGSEGV)
+        wait_for(lambda: running.exit_reason() is not None)
+    assert len(family) >= 2
+    assert not any(psutil.pid_exists(pid) for pid in family)

@@ -1,0 +1,217 @@
+"""What a run shows when its latencies depend on each other: a corrected early stopping, and intervals.
+
+LoadGen's early stopping takes every query as an independent trial. In a queue it is not, and at a true rate of late
+queries exactly at the limit the rule then passes far more often than the 1 % it claims: up to 95 % for an M/M/1 queue.
+Here n queries count as n / v independent ones, with v from `dependence.py`. docs/confidence.md has the measured rates
+of false passes, and says where the claim stops holding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import betainc, stdtrit
+
+from loadgen.core.dependence import Float, latency_inflation, variance_inflation
+from loadgen.core.early_stopping import CONFIDENCE
+from loadgen.core.record import Bool, Int64
+
+# v is known to about sqrt(8 v / n) of itself (Madras and Sokal 1988, with their window at four correlation times), and
+# a run that has few late queries by luck tends to have a small v by the same luck: hence two standard errors.
+_SAFETY = 6.0
+_LEAN = 4.0  # for intervals, which should be right where a verdict should be safe
+_FEWEST = 20  # values below which no interval is given
+_LATE_WITHOUT_LATENCIES = 10.0  # effective late queries asked for where only they can tell the dependence
+_BINS = 2000  # of time, for rates
+PERCENTS = (50, 90, 99)
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class CorrectedStop:
+    """Whether a run shows, autocorrelation allowed for, that queries are late less often than 1 - percentile.
+
+    `passes` is the decision at `confidence`. `inflation` is v with its safety margin, and `effective` = queries / v.
+    `needed` is about how many queries would do at the same share of late ones: None where that share isn't below the
+    limit, so that a longer run won't help, or where nothing is known about the dependence.
+    """
+
+    passes: bool
+    queries: int
+    late: int
+    inflation: float
+    effective: float
+    needed: int | None
+    explanation: str
+
+
+def corrected_early_stopping(
+    over: Bool, percentile: float, confidence: float = CONFIDENCE, latencies: Float | None = None
+) -> CorrectedStop:
+    """LoadGen's test of lateness with n / v queries of which t / v are late; it passes only where LoadGen's does.
+
+    `over` says in due order which queries were late (failed ones are). `latencies`, in the same order and +inf for
+    failures, let v be told from all queries; without them it rests on the late ones, and fewer than ten clusters of
+    these are refused. With v = 1 the decision is LoadGen's. Raises ValueError on a percentile outside (0, 1) and on
+    latencies of another length.
+    """
+    if not 0 < percentile < 1:
+        raise ValueError(f"percentile must be a fraction between 0 and 1, as 0.99, got {percentile}")
+    if latencies is not None and len(latencies) != len(over):
+        raise ValueError(f"latencies must be as many as over, got {len(latencies)} for {len(over)}")
+    n, late = len(over), int(np.count_nonzero(over))
+    if not n:
+        return CorrectedStop(False, 0, 0, 1.0, 0.0, None, "no queries")
+    estimate = variance_inflation(over) if latencies is None else latency_inflation(latencies, over)
+    inflation = estimate * (1 + _SAFETY * math.sqrt(estimate / n))
+    effective, luck = n / inflation, 1.0 - confidence
+    blind = latencies is None and late / inflation < _LATE_WITHOUT_LATENCIES
+    passes = not blind and _luck(n, late, percentile) < luck and _luck(effective, late / inflation, percentile) < luck
+    enough = None if blind else _enough(late / n, percentile, luck)
+    needed = None if enough is None else max(n + (not passes), math.ceil(enough * inflation))
+    text = _explain(passes, blind, n, late, effective, needed, percentile, confidence)
+    return CorrectedStop(passes, n, late, inflation, effective, needed, text)
+
+
+def _luck(queries: float, late: float, percentile: float) -> float:
+    """P[X <= late], X ~ Binomial(queries, 1 - percentile), continued to real numbers by the incomplete beta."""
+    return float(betainc(queries - late, late + 1, percentile)) if late < queries else 1.0
+
+
+def _enough(share: float, percentile: float, luck: float) -> float | None:
+    """Independent queries that prove the percentile when `share` of them are late; None when none would."""
+    if share >= 1 - percentile:
+        return None
+    few, many = 0.0, 1.0
+    while _luck(many, share * many, percentile) >= luck:
+        few, many = many, 2 * many
+        if many > 1e12:
+            return None
+    while many - few > 1e-3 * many:
+        middle = (few + many) / 2
+        if _luck(middle, share * middle, percentile) < luck:
+            many = middle
+        else:
+            few = middle
+    return many
+
+
+def _explain(
+    passes: bool, blind: bool, n: int, late: int, effective: float, needed: int | None, p: float, confidence: float
+) -> str:
+    seen = f"{late} of {n} queries late; they are worth {effective:.0f} independent ones"
+    claim = f"{confidence:.0%} confidence that fewer than {1 - p:.3g} are late"
+    if passes:
+        return f"{seen}: {claim}"
+    if blind:
+        return f"{late} of {n} queries late: too few to tell how they cluster, so no {claim}"
+    if needed is None:
+        return f"{seen}: no {claim}, and no longer run would show it at this rate"
+    return f"{seen}: no {claim}; about {needed} queries would show it"
+
+
+def percentile_interval(values: Float, p: float, confidence: float = 0.95) -> Interval | None:
+    """Interval for the p-quantile of `values` in due order (+inf = failed): between their own order statistics.
+
+    Among m = n / v independent values, ranks l and u are taken so that a tail of (1 - confidence) / 2 is left on each
+    side, then scaled to n: the classical nonparametric interval (David and Nagaraja, Order Statistics, 7.1), with real
+    ranks. The high end is +inf where even the slowest value is not surely above the quantile, or where it falls among
+    failures. It always contains LoadGen's sorted[floor(n p)]. None below 20 values, or where not even the fastest is
+    surely below the quantile. Raises ValueError on p or confidence outside (0, 1).
+    """
+    if not (0 < p < 1 and 0 < confidence < 1):
+        raise ValueError(f"p and confidence must be fractions between 0 and 1, got {p} and {confidence}")
+    n = len(values)
+    if n < _FEWEST:
+        return None
+    ascending = np.sort(values)
+    middle = int(n * p)
+    # Few values lie above a high quantile, too few to show how they cluster: the slowest tenth must vouch for them.
+    v = max(variance_inflation(values > ascending[i]) for i in {middle, int(n * min(p, 0.9))})
+    m = n / (v * (1 + _LEAN * math.sqrt(v / n)))
+    tail = (1 - confidence) / 2
+    if (1 - p) ** m > tail:
+        return None
+    point, scale = float(ascending[middle]), (n + 1) / (m + 1)
+    low = min(_between(ascending, _rank(m, p, 1 - tail) * scale), point)
+    if p**m > tail:
+        return low, math.inf
+    return low, max(_between(ascending, _rank(m, p, tail) * scale), point)
+
+
+def _between(ascending: Float, rank: float) -> float:
+    """The value at a real rank, 1 for the smallest: linear between neighbours, +inf where a neighbour is."""
+    position = min(max(rank - 1, 0.0), len(ascending) - 1.0)
+    low, high = ascending[math.floor(position)], ascending[math.ceil(position)]
+    return float(low + (high - low) * (position % 1)) if math.isfinite(high) else math.inf
+
+
+def _rank(m: float, p: float, below: float) -> float:
+    """The real rank r in (0, m] with P[Beta(r, m + 1 - r) <= p] = below; that falls as r rises."""
+    low, high = 0.0, m
+    for _ in range(60):
+        middle = (low + high) / 2
+        if betainc(middle, m + 1 - middle, p) > below:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def mean_interval(values: Float, confidence: float = 0.95) -> Interval | None:
+    """Interval for the mean of finite `values` in the order of time: Student's, with n / v - 1 degrees of freedom.
+
+    None below 20 values, or where they are worth fewer than three independent ones.
+    """
+    if len(values) < _FEWEST:
+        return None
+    v = variance_inflation(values)
+    m = len(values) / (v * (1 + _LEAN * math.sqrt(v / len(values))))
+    if m < 3:
+        return None
+    half = float(stdtrit(m - 1, (1 + confidence) / 2) * values.std() / math.sqrt(m - 1))
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def rate_interval(
+    times_ns: Int64, amounts: Float, window_ns: int, confidence: float = 0.95, bins: int = _BINS
+) -> Interval | None:
+    """Interval for amounts per second over (0, window_ns]: the mean of what arrived in equal stretches of time.
+
+    `amounts[i]` (requests: 1; or tokens) arrived at `times_ns[i]`, in any order. At least eight arrivals a stretch on
+    average, so that a steady rate is not blurred by single ones. It says how far another run of this length, with
+    other arrivals, would come out; None where `mean_interval` is None or the window is empty.
+    """
+    stretches = min(bins, len(times_ns) // 8)
+    if window_ns <= 0 or stretches < _FEWEST:
+        return None
+    index = np.clip(times_ns * stretches // window_ns, 0, stretches - 1).astype(np.int64)
+    per_second = np.bincount(index, weights=amounts, minlength=stretches) * (stretches / (window_ns / 1e9))
+    interval = mean_interval(per_second, confidence)
+    return None if interval is None else (max(0.0, interval[0]), interval[1])
+
+
+def summary_intervals(
+    latencies: Mapping[str, Float], done_ns: Int64, tokens: Int64, ok: Bool, window_ns: int, ordered: bool
+) -> dict[str, Any]:
+    """95 % intervals of a summary: p50, p90 and p99 of each latency (ns), and QPS and tokens a second.
+
+    Arrays have a row each, in due order; `latencies` are +inf for a failure and NaN where a row has none. An interval
+    is [low, high], high None where nothing bounds it, or None where the run is too short. `ordered` is False where
+    all was due at once (Offline), so that no order of due times tells how latencies depend: their intervals are None.
+    """
+    out: dict[str, Any] = {}
+    for name, values in latencies.items():
+        present = values[~np.isnan(values)]
+        found = {f"p{p}": percentile_interval(present, p / 100) if ordered else None for p in PERCENTS}
+        out[name] = {
+            key: pair and [round(x) if math.isfinite(x) else None for x in pair] for key, pair in found.items()
+        }
+    for name, amounts in (("qps", np.ones(len(ok))), ("tokens_per_s", tokens.astype(np.float64))):
+        rate = rate_interval(done_ns[ok], amounts[ok], window_ns)
+        out[name] = None if rate is None else list(rate)
+    return out
