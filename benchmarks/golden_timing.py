@@ -9,10 +9,10 @@ sent it. What is left is the error of the whole path: kernel, event loop, parser
     python benchmarks/golden_timing.py --path client-kernel    # the same, arrivals stamped by the kernel
     python benchmarks/golden_timing.py --batch            # all 64 streams send at the same instant: the worst case
 
-Columns: `arrival`, recorded arrival of each response less the clock before its write; `ITL`, recorded gap less true
-gap; `TTFT`, (first - sent) as recorded less (first write - request read) as the server saw it. The other rows are the
-server's own lateness, which no client can be blamed for: they say how busy the machine was, and the first of them is
-part of the TTFT error.
+Rows: `arrival`, recorded arrival of each response less the clock before its write; `ITL`, recorded gap less true gap;
+`TTFT`, recorded first - sent less true first write - sent. How true `sent` is, is bounded by `server: request read`,
+the time from `sent` until the server had read the request. The other rows are the server's own lateness, for which no
+client can be blamed: they say how busy the machine was.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def compare(rows: dict[str, Row], log: list[dict[str, Any]], itl_ns: int, batch:
         assert len(sends) == len(arrivals), f"request {key}: {len(arrivals)} responses recorded, {len(sends)} sent"
         arrival += [at - before for at, (before, _) in zip(arrivals, sends, strict=True)]
         gap += [(b - a) - (d[0] - c[0]) for (a, b), (c, d) in zip(pairwise(arrivals), pairwise(sends), strict=True)]
-        ttft.append((first - sent) - (sends[0][0] - truth[key]["arrived_ns"]))
+        ttft.append((first - sent) - (sends[0][0] - sent))
         read.append(truth[key]["arrived_ns"] - sent)
         server_gap += [b[0] - a[0] - itl_ns for a, b in pairwise(sends)]
         if not batch:

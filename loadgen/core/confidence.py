@@ -9,9 +9,7 @@ of false passes, and says where the claim stops holding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.special import betainc, stdtrit
@@ -27,7 +25,6 @@ _LEAN = 4.0  # for intervals, which should be right where a verdict should be sa
 _FEWEST = 20  # values below which no interval is given
 _LATE_WITHOUT_LATENCIES = 10.0  # effective late queries asked for where only they can tell the dependence
 _BINS = 2000  # of time, for rates
-PERCENTS = (50, 90, 99)
 Interval = tuple[float, float]
 
 
@@ -193,25 +190,3 @@ def rate_interval(
     per_second = np.bincount(index, weights=amounts, minlength=stretches) * (stretches / (window_ns / 1e9))
     interval = mean_interval(per_second, confidence)
     return None if interval is None else (max(0.0, interval[0]), interval[1])
-
-
-def summary_intervals(
-    latencies: Mapping[str, Float], done_ns: Int64, tokens: Int64, ok: Bool, window_ns: int, ordered: bool
-) -> dict[str, Any]:
-    """95 % intervals of a summary: p50, p90 and p99 of each latency (ns), and QPS and tokens a second.
-
-    Arrays have a row each, in due order; `latencies` are +inf for a failure and NaN where a row has none. An interval
-    is [low, high], high None where nothing bounds it, or None where the run is too short. `ordered` is False where
-    all was due at once (Offline), so that no order of due times tells how latencies depend: their intervals are None.
-    """
-    out: dict[str, Any] = {}
-    for name, values in latencies.items():
-        present = values[~np.isnan(values)]
-        found = {f"p{p}": percentile_interval(present, p / 100) if ordered else None for p in PERCENTS}
-        out[name] = {
-            key: pair and [round(x) if math.isfinite(x) else None for x in pair] for key, pair in found.items()
-        }
-    for name, amounts in (("qps", np.ones(len(ok))), ("tokens_per_s", tokens.astype(np.float64))):
-        rate = rate_interval(done_ns[ok], amounts[ok], window_ns)
-        out[name] = None if rate is None else list(rate)
-    return out

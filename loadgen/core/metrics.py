@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from loadgen.core.confidence import summary_intervals
 from loadgen.core.dependence import Float
+from loadgen.core.honesty import beside
 from loadgen.core.record import NEVER, Bool, Int64, Outcome, Rows
 from loadgen.core.scenario import Kind, Limits, Scenario
-from loadgen.core.steady_state import steady_figures, steady_state
 
 PERCENTILES = (0.50, 0.90, 0.95, 0.97, 0.99, 0.999)
 Summary = dict[str, Any]
@@ -247,7 +246,7 @@ def summarise(batches: Iterable[Rows], scenario: Scenario) -> tuple[Summary, Row
             summary[metric.name] = describe(values, _failures(metric.name, rows, len(values)))
         else:
             summary[metric.name] = metric.formula(rows, context)
-    summary |= _honesty(rows, context)
+    summary |= beside(rows, latency_columns(rows), context.window_ns(rows), ordered=context.kind is not Kind.OFFLINE)
     summary["outcomes"] = {o.value: int((rows.outcome == o.value).sum()) for o in Outcome}
     return summary, rows
 
@@ -261,17 +260,6 @@ def latency_columns(rows: Rows) -> dict[str, Float]:
     for name, where in present.items():
         columns[name][where] = values[name]
     return columns
-
-
-def _honesty(rows: Rows, context: Context) -> Summary:
-    """95 % intervals and steady state: what the other figures are worth."""
-    order = np.lexsort((rows.seq, rows.due_ns))
-    due, done, ok = rows.due_ns[order], rows.done_ns[order], rows.ok[order]
-    tokens, latencies = np.where(ok, rows.tokens_out[order], 0), {k: v[order] for k, v in latency_columns(rows).items()}
-    ordered, state = context.kind is not Kind.OFFLINE, steady_state(due, latencies["e2e_ns"])
-    figures = steady_figures(state, due, latencies, np.where(ok, done, 0), tokens)
-    intervals = summary_intervals(latencies, done, tokens, ok, context.window_ns(rows), ordered)
-    return {"intervals": intervals, "steady_state": state.to_json() | {"summary": figures}}
 
 
 def _failures(name: str, rows: Rows, present: int) -> int:

@@ -71,12 +71,16 @@ class Recheck:
 def recheck(log: Log, rounds: Mapping[str, Seeds], errors: int = 0) -> Recheck:
     """Everything about one log. Raises KeyError or ValueError where it is not a LoadGen detail log."""
     kind = Kind(log["effective_scenario"])
-    out = Recheck(kind.value, str(log.get("effective_test_mode", "")), int(log.get("result_query_count", 0)))
-    out.errors = errors
+    out = Recheck(
+        kind.value, str(log.get("effective_test_mode", "")), int(log.get("result_query_count", 0)), errors=errors
+    )
     out.written_by = "Tritonmark" if "tritonmark_notice" in log else "LoadGen"
     _seeds(log, rounds, out)
     if "result_validity" not in log:
-        out.notes.append("no result in this log: an accuracy run, or a test that did not end")
+        if out.mode == "AccuracyOnly":
+            out.notes.append("an accuracy run: it has no verdict")
+        else:
+            out.differences.append("no result in this log: the test did not end")
         return out
     if errors:
         out.notes.append(f"{errors} error lines: LoadGen calls such a run unusable for submission")
@@ -167,10 +171,9 @@ def _schedule(log: Log, out: Recheck) -> None:
     """Server's due times again from seed, rate and count; LoadGen logs the due time of the query after the last."""
     count, logged = log.get("generated_query_count"), log.get("generated_query_duration")
     qps, seed = log.get("effective_target_qps"), log.get("effective_schedule_rng_seed")
-    if None in (count, logged, qps, seed) or float(qps or 0) <= 0 or int(count or 0) > MOST_QUERIES:
+    if count is None or logged is None or not qps or seed is None or int(count) > MOST_QUERIES:
         out.notes.append("schedule not recomputed: the log lacks seed, rate or count, or there are too many queries")
         return
-    assert count is not None and logged is not None and qps is not None and seed is not None
     due = schedule.loadgen_poisson(float(qps), int(count) + 1, int(seed))
     out.schedule_ns, out.logged_schedule_ns = int(due[-1]), int(logged)
     off = abs(out.schedule_ns - int(logged)) / max(int(logged), 1)

@@ -15,7 +15,6 @@ it is then not tested for warm-up and drift, and says so. Nothing is removed: ex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -90,26 +89,6 @@ def steady_state(due_ns: Int64, latencies: Float) -> SteadyState:
     drift = _drift(due_ns[cut:], latencies[cut:])
     words += [f"latency drifts by {drift['slope_ns_per_minute'] / 1e6:.3g} ms a minute"] if drift.pop("matters") else []
     return SteadyState(not words, True, "; ".join(words) or "no warm-up, drift or growing backlog", **found, **drift)
-
-
-def steady_figures(
-    state: SteadyState, due_ns: Int64, latencies: Mapping[str, Float], done_ns: Int64, tokens: Int64
-) -> dict[str, Any]:
-    """The figures of the rows after the warm-up: how many, p50 and p99 (ns) of each latency, and tokens a second.
-
-    Arrays have a row each, in due order. `latencies` are +inf for a failure and NaN where a row has none; percentiles
-    are LoadGen's, None among failures. `tokens` is 0 for failed rows; they count from the cut to the last response.
-    """
-    start = state.truncation_ns if state.truncation_ns is not None else 0
-    kept = slice(state.excluded, None)
-    out: dict[str, Any] = {"requests": len(due_ns[kept])}
-    for name, values in latencies.items():
-        ascending = np.sort(values[kept][~np.isnan(values[kept])])
-        at = {f"p{p}": float(ascending[len(ascending) * p // 100]) for p in (50, 99) if len(ascending)}
-        out[name] = {key: int(value) if math.isfinite(value) else None for key, value in at.items()}
-    window_ns = int(done_ns[kept].max(initial=start)) - start
-    out["tokens_per_s"] = int(tokens[kept].sum()) / (window_ns / 1e9) if window_ns > 0 else None
-    return out
 
 
 def mser5(series: Float) -> int:

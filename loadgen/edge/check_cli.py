@@ -37,12 +37,18 @@ _LOG_NAME = re.compile(r"mlperf_log_.*detail.*\.txt$")
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="one JSON document instead of text")
-def check(path: Path, as_json: bool) -> None:
+@click.option("--round", "wanted", help="demand the seeds of this MLPerf round, such as v6.1")
+def check(path: Path, as_json: bool, wanted: str | None) -> None:
     """Recompute verdict, schedule and honest throughput of any LoadGen log, submission tree or sealed run.
 
     Exit code 0: all VALID and consistent; 3: something is INVALID or contradicts its own figures; 2: unreadable.
     """
+    if wanted and wanted not in rounds():
+        raise UserError(f"unknown round {wanted!r}; choose one of: {', '.join(rounds())}")
     results = [(found, check_one(found)) for found in find(path)]
+    for _, result in results:
+        if wanted and result.seeds_of != wanted:
+            result.differences.append(f"seeds are not those of {wanted}")
     if as_json:
         click.echo(json.dumps({"results": [{"path": str(p), **r.to_json()} for p, r in results]}, indent=1))
     else:
@@ -192,13 +198,12 @@ def _beside(run: store.Run, seen: LoadGenView, out: Recheck) -> None:
 def describe(result: Recheck) -> list[str]:
     """Lines for a person."""
     who = result.written_by
+    rest = [f"DIFFERENT: {d}" for d in result.differences] + [f"note: {n}" for n in result.notes]
     if result.logged_verdict is None:
-        return [
-            f"{result.scenario}, {result.mode}, seeds {result.seeds_of or 'unknown'}",
-            *(f"note: {n}" for n in result.notes),
-        ]
-    lines = [f"{result.scenario}, n = {result.queries}: {who} says {result.logged_verdict}, recomputed {result.verdict}; "
-             f"seeds of {result.seeds_of or 'no known round'}"]  # fmt: skip
+        return [f"{result.scenario}, {result.mode}, seeds of {result.seeds_of or 'no known round'}", *rest]
+    verdicts = f"{who} says {result.logged_verdict}, recomputed {result.verdict}"
+    seeds = f"seeds of {result.seeds_of or 'no known round'}"
+    lines = [f"{result.scenario}, n = {result.queries}: {verdicts}; {seeds}"]
     if result.discards is not None or result.logged_discards is not None:
         logged = f", logged {result.logged_discards}" if result.logged_discards is not None else ""
         lines.append(f"early stopping discards {result.discards}{logged}")
@@ -215,4 +220,4 @@ def describe(result: Recheck) -> list[str]:
         tokens = f", {result.honest_tokens_per_s:.6g} tokens/s" if result.honest_tokens_per_s else ""
         samples = f"{result.honest_samples_per_s:.6g} samples/s" if result.honest_samples_per_s else "nothing completed"
         lines.append(f"to the last response: {result.true_window_s:.3f} s{ratio}: {samples}{tokens}")
-    return lines + [f"DIFFERENT: {d}" for d in result.differences] + [f"note: {n}" for n in result.notes]
+    return lines + rest

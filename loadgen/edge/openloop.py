@@ -91,6 +91,7 @@ def claim_resources() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, -10)
+        Path("/proc/self/autogroup").write_text("-10")  # between sessions Linux looks at this and not at the above
 
 
 class Worker:

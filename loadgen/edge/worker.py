@@ -77,12 +77,15 @@ class LoadWorker:
         self.scenario = Scenario.from_json(plan["scenario"])
         self.index, self.workers = plan["worker"], plan["workers"]
         self.clock = Clock()
-        self.client = TritonHttp(plan["host"], plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock)
+        self.client = TritonHttp(
+            plan["host"], plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock, kernel_stamps=True
+        )
         self.library = PromptLibrary(self.scenario.prompts, self.scenario)
         self.tag, self.send, self.fire = plan["tag"], send, fire
         self.go: AsyncResult = AsyncResult()
         cap = max(1, self.scenario.max_in_flight // self.workers) if self.scenario.kind.open_loop else None
         self.in_flight, self.streams = Pool(cap), Group()
+        self.open: dict[int, Record] = {}  # by identity; what is spawned and not finished
         self.finished: list[Record] = []
         self.sent = self.failures_in_a_row = 0
         self.lateness, self.lag = array("q"), array("q")
@@ -110,6 +113,11 @@ class LoadWorker:
             gevent.kill(flusher) if flusher else None
             self.streams.kill()
             self.in_flight.kill()
+            for record in list(
+                self.open.values()
+            ):  # killed before its greenlet began, so it cannot have said so itself
+                record.outcome, record.done_ns, record.error = Outcome.CUT, self.clock(), "cut: before it was sent"
+                self._finish(record)
             self.client.close()
             self.flush()
             self.send("end", {"worker": self.index, "ended": self.ended, "dispatched": self.sent, **self.audit()})
@@ -167,7 +175,7 @@ class LoadWorker:
                 continue
             if not window:
                 self.lateness.append(clock() - due_ns)
-            self.in_flight.spawn(self._request, record)
+            self._spawn(record)
 
     def _closed_loops(self) -> None:
         """The streams of a closed loop: one for SingleStream and MultiStream, `concurrency` otherwise."""
@@ -196,7 +204,7 @@ class LoadWorker:
             query = [self._record(seq, sample, due_ns) for seq, sample in (next(slots) for _ in range(size))]
             issued += 1
             self.sent += size
-            gevent.joinall([self.in_flight.spawn(self._request, r) for r in query])
+            gevent.joinall([self._spawn(r) for r in query])
             if due_ns >= minimums.duration_ns and issued * total >= minimums.queries:
                 return
             if any(r.outcome is not Outcome.OK for r in query):
@@ -209,6 +217,10 @@ class LoadWorker:
         query = seq // self.scenario.samples_per_query
         return Record(seq, query, sample, self.index, phase, due_ns, self.scenario.output_tokens)
 
+    def _spawn(self, record: Record) -> gevent.Greenlet:
+        self.open[id(record)] = record
+        return self.in_flight.spawn(self._request, record)
+
     def _request(self, record: Record) -> None:
         try:
             self.client.stream(self.library.body(record.sample, f"{self.tag}-{record.seq}"), record)
@@ -217,6 +229,7 @@ class LoadWorker:
 
     def _finish(self, record: Record) -> None:
         self.failures_in_a_row = 0 if record.outcome is Outcome.OK else self.failures_in_a_row + 1
+        self.open.pop(id(record), None)
         self.finished.append(record)
         if record.phase is Phase.MEASURE:
             self.fire(record)

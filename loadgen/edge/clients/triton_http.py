@@ -4,11 +4,10 @@ The one rule: every read gets one arrival stamp, taken right after `recv` return
 events in that read share it. Locust's own streaming call blocks until 1,024 bytes are there and so reports a TTFT a
 hundred times too high; here `recv` returns what has arrived.
 
-Sockets are plain blocking ones. Under Locust they are monkey-patched, so a wait yields to the other greenlets; in a
-test without Locust they work with threads. Nothing imports gevent.
+Sockets are plain blocking ones: under Locust they are monkey-patched, so that a wait yields to other greenlets; without
+it they work with threads. Nothing imports gevent.
 
-    client = TritonHttp("http://localhost:8000", "phi-2", clock=clock)
-    client.stream(json.dumps({"text_input": "Hello", "max_tokens": 8}).encode(), record)
+    TritonHttp("http://localhost:8000", "phi-2", clock=clock).stream(b'{"text_input": "Hi", "max_tokens": 8}', record)
     record.outcome, record.first_ns, list(record.chunk_tokens)
 
 When a stream counts as whole: its body ended as its HTTP framing promised, no event was an error, and there was at
@@ -38,8 +37,8 @@ RECV_BYTES = 64 << 10
 MAX_ERROR_CHARS = 300
 MAX_TOKENS_A_RESPONSE = 2**31 - 1  # what the int32 column holds
 
-# How long after sending on a reused connection its loss still means "the server had closed it while it was idle". A
-# later loss is a server that took the request and died, which has to be seen and not tried again.
+# How long after sending on a reused connection its loss still means that the server had closed it while idle. A later
+# loss is a server that took the request and died, which has to be seen and not tried again.
 STALE_WINDOW_NS = 1_000_000_000
 
 # Linux stamps received TCP bytes for whoever asks; Python has no name for the option. (level, type) of the answer.
@@ -51,7 +50,7 @@ _decode = json.JSONDecoder().decode
 
 
 class _StaleError(Exception):
-    """A reused connection turned out to have been closed before the request reached the server."""
+    """A reused connection had been closed before the request reached the server."""
 
 
 class _RequestError(Exception):
@@ -97,6 +96,7 @@ class TritonHttp:
         self._timeout_ns = round(timeout_s * 1e9)
         self._connect_timeout_s = connect_timeout_s
         self._clock = clock
+        self._peer: tuple[int, Any] | None = None  # family and address that the first connection found
         self._idle: list[socket.socket] = []  # last in, first out: the warmest connection is reused
         path = f"{url.path.rstrip('/')}/v2/models/{quote(model, safe='')}/generate_stream"
         self._head = (
@@ -152,7 +152,7 @@ class TritonHttp:
         limit_s = min(self._connect_timeout_s, max((deadline - self._clock()) / 1e9, 1e-3))
         where = f"{self._host}:{self._port}"
         try:
-            connection = socket.create_connection((self._host, self._port), limit_s)
+            connection = self._open(limit_s)
             try:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if self._kernel_stamps:
@@ -165,6 +165,22 @@ class TritonHttp:
             raise _RequestError("timeout", f"no connection to {where} in {limit_s:g} s", Outcome.TIMEOUT) from error
         except OSError as error:
             raise _failure_of(error, f"connecting to {where}") from error
+
+    def _open(self, limit_s: float) -> socket.socket:
+        """A connected socket. The name is looked up once: gevent does that in a thread, which stalls a burst."""
+        if self._peer is None:
+            connection = socket.create_connection((self._host, self._port), limit_s)
+            self._peer = connection.family, connection.getpeername()
+            return connection
+        family, address = self._peer
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(limit_s)
+            connection.connect(address)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _exchange(self, request: bytes, record: Record, deadline: int, idle: socket.socket | None) -> None:
         connection = idle or self._connect(deadline)
@@ -215,8 +231,7 @@ class TritonHttp:
                     events += 1
         if response.status != 200:
             raise _RequestError(f"http_{response.status}", _error_text(response.body()))
-        last = response.last_event()
-        if last is not None:
+        if (last := response.last_event()) is not None:
             _take(last, arrival, record)
             events += 1
         if not events:
@@ -244,10 +259,9 @@ def _take(payload: bytes, arrival: int, record: Record) -> None:
         raise _RequestError("malformed", f"an event is not a JSON object: {payload[:120]!r}")
     tokens = message.get("num_output_tokens")
     if tokens:
-        count = _count(message, "num_output_tokens")
+        record.chunk_tokens.append(_count(message, "num_output_tokens"))
         record.chunk_ns.append(arrival)
-        record.chunk_tokens.append(count)
-        record.tokens_out += count
+        record.tokens_out += tokens
         if record.first_ns is None:
             record.first_ns = arrival
     elif record.first_ns is None and tokens is None and message.get("text_output"):
@@ -291,10 +305,8 @@ def _failure_of(error: OSError, when: str) -> _RequestError:
         kind = "refused"
     elif isinstance(error, ConnectionError):
         kind = "reset"
-    elif isinstance(error, socket.gaierror):
-        kind = "dns"
     else:
-        kind = "network"
+        kind = "dns" if isinstance(error, socket.gaierror) else "network"
     return _RequestError(kind, f"{error.strerror or error} ({when})")
 
 

@@ -16,14 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rows import make_rows
 
 from loadgen.core.loadgen_settings import Samples, Settings, effective
 from loadgen.core.loadgen_text import summary_text
 from loadgen.core.loadgen_verdict import FAILED_NS, at, judge_loadgen, mean_loadgen, tpot_loadgen
-from loadgen.core.scenario import Kind
+from loadgen.core.metrics import summarise
+from loadgen.core.scenario import Kind, Limits, Minimums
+from loadgen.core.verdict import Audit, judge
 
 DRIVER = Path(__file__).parents[2] / "fakes" / "loadgen_run.py"
 FLOORS = [43, 44, 63, 64, 130, 218, 219, 458, 459, 660, 661, 662, 837, 838, 1000, 1001, 1500, 2010]
+CHECKS = ["result_perf_constraints_met", "result_min_duration_met", "result_min_queries_met", "early_stopping_met"]
 PERCENTILES = [0.9, 0.95, 0.97, 0.99, 0.99, 0.999]
 MS = 1_000_000
 LATE, EARLY = 25 * MS, 50_000
@@ -165,12 +169,7 @@ def compare(cases: list[dict[str, Any]], out: Path) -> Counter[str]:
         assert disagreements(case, answer) == [], {k: v for k, v in case.items() if k not in ("latency_ns", "tokens")}
         detail, tokens = answer["detail"], case.get("tokens")
         seen[detail["result_validity"]] += 1
-        for key in (
-            "result_perf_constraints_met",
-            "result_min_duration_met",
-            "result_min_queries_met",
-            "early_stopping_met",
-        ):
+        for key in CHECKS:
             seen[f"{key} {detail.get(key)}"] += 1
         if tokens:
             settings, samples = inputs(case, answer)
@@ -196,9 +195,36 @@ def test_agrees_with_loadgen_on_600_cases(tmp_path: Path) -> None:
         seen += compare(generate(150, seed=10 + seed), tmp_path / str(seed))
     assert seen["VALID"] + seen["INVALID"] == 600
     edges = ["VALID", "INVALID", "one token", "equal", "ttft untested", "below the floor"]
-    checks = ["result_perf_constraints_met", "result_min_duration_met", "result_min_queries_met", "early_stopping_met"]
-    for edge in edges + [f"{key} {met}" for key in checks for met in (True, False)]:
+    for edge in edges + [f"{key} {met}" for key in CHECKS for met in (True, False)]:
         assert seen[edge] >= 5, (edge, seen)
+
+
+def test_our_judge_agrees_where_both_have_a_say(scenario) -> None:
+    """Server, all answered, two tokens or more: the same four checks, on 150 runs around the limits."""
+    rng, seen = np.random.default_rng(4), Counter()
+    for _ in range(150):
+        n = int(rng.choice([100, 458, 459, 662, 700]))
+        first = np.where(rng.random(n) < rng.choice([0, 0.002, 0.01, 0.03]), 21, 20) * MS
+        tokens = rng.integers(2, 5, n)
+        done = first + np.where(rng.random(n) < rng.choice([0, 0.002, 0.01, 0.03]), 6, 5) * MS * (tokens - 1)
+        due = np.cumsum(rng.integers(0, 2 * MS, n))
+        limits, minimums = Limits(20 * MS, 5 * MS), Minimums(int(rng.choice([1, 600, 700])) * MS, 459, True)
+        case = scenario(limits=limits, minimums=minimums)
+        rows = make_rows([
+            {"due": int(d), "chunks": [int(d + f), int(d + e)], "tokens": [1, int(t) - 1]}
+            for d, f, e, t in zip(due, first, done, tokens, strict=True)
+        ])  # fmt: skip
+        summary, measured = summarise([rows], case)
+        codes = {r.code for r in judge(summary, measured, case, Audit((), 1, n, n, 1.0)).reasons}
+        settings = effective(Kind.SERVER, min_duration_ns=minimums.duration_ns, min_queries=459, tokens=True,
+                             ttft_limit_ns=20 * MS, tpot_limit_ns=5 * MS)  # fmt: skip
+        facts = judge_loadgen(settings, Samples(due, done, int(due[-1]), first, tokens)).facts
+        ours = [not codes & {"ttft_limit", "tpot_limit"}, "min_duration" not in codes, "min_queries" not in codes,
+                "early_stopping" not in codes]  # fmt: skip
+        assert ours == [facts[key] for key in CHECKS], (n, codes)
+        assert (not codes) == (facts["result_validity"] == "VALID")
+        seen.update(zip(CHECKS, ours, strict=True))
+    assert len(seen) == 8
 
 
 def test_a_failed_request_is_never_fast() -> None:
