@@ -24,6 +24,7 @@ _SAFETY = 6.0
 _LEAN = 4.0  # for intervals, which should be right where a verdict should be safe
 _FEWEST = 20  # values below which no interval is given
 _LATE_WITHOUT_LATENCIES = 10.0  # effective late queries asked for where only they can tell the dependence
+_LEAST_EFFECTIVE = 100.0  # queries: a run worth fewer tells its own v too badly
 _BINS = 2000  # of time, for rates
 Interval = tuple[float, float]
 
@@ -53,7 +54,7 @@ def corrected_early_stopping(
 
     `over` says in due order which queries were late (failed ones are). `latencies`, in the same order and +inf for
     failures, let v be told from all queries; without them it rests on the late ones, and fewer than ten clusters of
-    these are refused. With v = 1 the decision is LoadGen's. Raises ValueError on a percentile outside (0, 1) and on
+    these are refused. So is a run that is worth fewer than 100 independent queries. Raises ValueError on a percentile outside (0, 1) and on
     latencies of another length.
     """
     if not 0 < percentile < 1:
@@ -66,10 +67,11 @@ def corrected_early_stopping(
     estimate = variance_inflation(over) if latencies is None else latency_inflation(latencies, over)
     inflation = estimate * (1 + _SAFETY * math.sqrt(estimate / n))
     effective, luck = n / inflation, 1.0 - confidence
+    short = effective < _LEAST_EFFECTIVE
     blind = latencies is None and late / inflation < _LATE_WITHOUT_LATENCIES
-    passes = not blind and _luck(n, late, percentile) < luck and _luck(effective, late / inflation, percentile) < luck
+    passes = not (blind or short) and _luck(n, late, percentile) < luck and _luck(effective, late / inflation, percentile) < luck
     enough = None if blind else _enough(late / n, percentile, luck)
-    needed = None if enough is None else max(n + (not passes), math.ceil(enough * inflation))
+    needed = None if enough is None else max(n + (not passes), math.ceil(max(enough, _LEAST_EFFECTIVE) * inflation))
     text = _explain(passes, blind, n, late, effective, needed, percentile, confidence)
     return CorrectedStop(passes, n, late, inflation, effective, needed, text)
 

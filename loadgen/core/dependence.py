@@ -15,6 +15,8 @@ and the largest of them counts. benchmarks/false_pass.py shows what this choice 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 from scipy.fft import irfft, next_fast_len, rfft
@@ -23,7 +25,7 @@ from loadgen.core.record import Bool
 
 Float = npt.NDArray[np.float64]
 
-LEAST_BLOCKS = 400  # blocking stops before fewer are left: their own scatter would inflate v
+LEAST_BLOCKS = 64  # blocking stops before fewer than this, or 2 sqrt(n), are left: their scatter would inflate v
 MOST_BLOCKS = 2**16  # longer series start as means, so that a million rows cost what 65,536 do
 THRESHOLDS = (0.5, 0.75, 0.9, 0.95)  # quantiles of latency at which lateness is watched, see `latency_inflation`
 
@@ -32,7 +34,7 @@ def variance_inflation(series: Float | Bool) -> float:
     """v of `series`, finite and in the order of time: its long-run variance over its variance, at least 1.
 
     A constant series has v = 1: nothing in it says otherwise. For independent values the largest of several noisy
-    estimates is about 1.1. With n / v below about 10 v is too small, since the series is shorter than its swells.
+    estimates is some 1.1 to 1.3. With n / v below about 10 v is too small, since the series is shorter than its swells.
     O(n) time and memory; 1 M values take some 40 ms.
     """
     x = np.asarray(series, dtype=np.float64)
@@ -44,13 +46,14 @@ def variance_inflation(series: Float | Bool) -> float:
     if variance <= 0:
         return 1.0
     largest, width = 1.0, -(-n // MOST_BLOCKS)
+    least = max(LEAST_BLOCKS, 2 * math.sqrt(n))
     while True:
         blocks = x[: n // width * width].reshape(-1, width).mean(axis=1)
         blocks -= blocks.mean()
         spread = float(blocks @ blocks) / len(blocks)
         largest = max(largest, width * spread / variance * _geyer(blocks))
         width *= 2
-        if n // width < LEAST_BLOCKS:
+        if n // width < least:
             return largest
 
 

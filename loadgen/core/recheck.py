@@ -11,20 +11,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from typing import Any
 
-from loadgen.core import schedule
-from loadgen.core.early_stopping import max_overlatency, min_queries, shortfall
+from loadgen.core.early_stopping import max_overlatency, shortfall
+from loadgen.core.loadgen_log import (
+    SIX_DIGITS,
+    Log,
+    due_times,
+    late_counts,
+    over_limit_bounds,
+    power_window_s,
+    same_rate,
+    samples_of,
+)
 from loadgen.core.loadgen_verdict import discards, divide
-from loadgen.core.metrics import PERCENTILES
 from loadgen.core.scenario import Kind, Seeds
 
-Log = Mapping[str, Any]
-
-SIX_DIGITS = 5e-6  # half a unit of the sixth digit is at most this much, relative
-MOST_QUERIES = 50_000_000  # recomputing a schedule takes 8 bytes a query
-_CLOCK = "%m-%d-%Y %H:%M:%S.%f"
+MOST_QUERIES = 500_000_000  # half a minute
 
 
 @dataclass
@@ -92,12 +95,6 @@ def recheck(log: Log, rounds: Mapping[str, Seeds], errors: int = 0) -> Recheck:
     return out
 
 
-def samples_of(log: Log, kind: Kind) -> int:
-    """Samples, not queries: Offline is one query of all of them."""
-    width = int(log.get("generated_samples_per_query") or log.get("effective_samples_per_query") or 1)
-    return int(log["result_query_count"]) * (width if kind in (Kind.OFFLINE, Kind.MULTI_STREAM) else 1)
-
-
 def _seeds(log: Log, rounds: Mapping[str, Seeds], out: Recheck) -> None:
     names = ("qsl_rng_seed", "sample_index_rng_seed", "schedule_rng_seed")
     seen = tuple(log.get(f"effective_{name}") for name in names)
@@ -141,30 +138,9 @@ def _server_text(log: Log, key: str, text: str, n: int, p: float, out: Recheck) 
         out.differences.append(
             f"early stopping of {name}: {least} to {most} over the limit, {allowed} allowed, but {said}"
         )
-    late = next((t for t in _late_counts(n, more, p) if least <= t <= most), None) if more else 0
+    late = next((t for t in late_counts(n, more, p) if least <= t <= most), None) if more else 0
     if late is None:
         out.differences.append(f"early stopping of {name}: no count over the limit needs {more} more than {n} queries")
-
-
-def _late_counts(n: int, more: int, p: float) -> list[int]:
-    """The counts over the limit with which n + more queries are just enough: at most one."""
-    late = max_overlatency(n + more, p)
-    return [late] if late >= 0 and min_queries(late, p) == n + more else []
-
-
-def over_limit_bounds(log: Log, name: str, n: int) -> tuple[int, int]:
-    """(least, most) requests whose TTFT or TPOT was over its limit, as far as the logged percentiles tell."""
-    limit = log.get(f"requested_server_{name.lower()}_latency", log.get(f"requested_{name.lower()}_latency"))
-    stem = "result_first_token_{}_percentile_latency_ns"
-    stem = stem if name == "TTFT" else "result_time_per_output_token_{}_percentile_ns"
-    least, most = 0, n
-    for p in PERCENTILES if limit is not None else ():
-        value = log.get(stem.format(f"{p * 100:.2f}"))
-        if value is not None and value > limit:
-            least = max(least, n - int(n * p))
-        elif value is not None:
-            most = min(most, n - int(n * p) - 1)
-    return least, most
 
 
 def _schedule(log: Log, out: Recheck) -> None:
@@ -174,8 +150,8 @@ def _schedule(log: Log, out: Recheck) -> None:
     if count is None or logged is None or not qps or seed is None or int(count) > MOST_QUERIES:
         out.notes.append("schedule not recomputed: the log lacks seed, rate or count, or there are too many queries")
         return
-    due = schedule.loadgen_poisson(float(qps), int(count) + 1, int(seed))
-    out.schedule_ns, out.logged_schedule_ns = int(due[-1]), int(logged)
+    last, following = due_times(float(qps), (min(out.queries, int(count)) - 1, int(count)), int(seed))
+    out.schedule_ns, out.logged_schedule_ns = following, int(logged)
     off = abs(out.schedule_ns - int(logged)) / max(int(logged), 1)
     out.schedule_match = (
         "exact" if off == 0 else "rounded" if off <= SIX_DIGITS + count / max(logged, 1) else "different"
@@ -185,13 +161,13 @@ def _schedule(log: Log, out: Recheck) -> None:
     if out.schedule_match == "different":
         out.differences.append(f"schedule lasts {out.schedule_ns} ns for this seed, rate and count, not {logged}")
     if out.schedule_match == "exact":
-        _schedule_rate(log, out, int(due[min(out.queries, int(count)) - 1]))
+        _schedule_rate(log, out, last)
 
 
 def _schedule_rate(log: Log, out: Recheck, last_ns: int) -> None:
     rate = divide(out.queries - 1, last_ns / 1e9)
     logged = log.get("result_scheduled_samples_per_sec")
-    if logged is not None and not _same(rate, logged):
+    if logged is not None and not same_rate(rate, logged):
         out.differences.append(f"scheduled {rate:.6g} samples/s by the seed, the log says {logged}")
 
 
@@ -200,13 +176,13 @@ def _rates(log: Log, kind: Kind, out: Recheck) -> None:
     out.scheduled_per_s = log.get("result_scheduled_samples_per_sec")
     out.completed_per_s = log.get("result_completed_samples_per_sec", log.get("result_samples_per_second"))
     out.tokens_per_s = log.get("result_completed_tokens_per_second", log.get("result_tokens_per_second"))
-    out.true_window_s = _power_window_s(log)
+    out.true_window_s = power_window_s(log)
     if kind is Kind.SERVER and out.completed_per_s:
         out.used_window_s = divide(n - 1, out.completed_per_s)
     elif kind is Kind.OFFLINE and log.get("result_max_latency_ns"):
         out.used_window_s = log["result_max_latency_ns"] / 1e9
         rate = divide(n, out.used_window_s)
-        if out.completed_per_s is not None and not _same(rate, out.completed_per_s):
+        if out.completed_per_s is not None and not same_rate(rate, out.completed_per_s):
             out.differences.append(
                 f"{n} samples in {out.used_window_s:.3f} s are {rate:.6g}/s, not {out.completed_per_s}"
             )
@@ -218,15 +194,6 @@ def _rates(log: Log, kind: Kind, out: Recheck) -> None:
         out.ratio = out.true_window_s / out.used_window_s
         if out.tokens_per_s is not None:
             out.honest_tokens_per_s = out.tokens_per_s / out.ratio
-
-
-def _power_window_s(log: Log) -> float | None:
-    """From the start to the last response, to the ms; None where the log does not say."""
-    try:
-        begin, end = (datetime.strptime(log[key], _CLOCK) for key in ("power_begin", "power_end"))
-    except (KeyError, TypeError, ValueError):
-        return None
-    return (end - begin).total_seconds() or None
 
 
 def _verdict(log: Log, kind: Kind, out: Recheck) -> None:
@@ -296,8 +263,3 @@ def _stopping(log: Log, kind: Kind, out: Recheck) -> bool | None:
         least, most = over_limit_bounds(log, name, out.queries)
         met.append(True if most <= allowed else False if least > allowed else None)
     return False if False in met else None if None in met else True
-
-
-def _same(ours: float, logged: float) -> bool:
-    """Equal to six digits; the last may round either way."""
-    return abs(ours - logged) <= 2 * SIX_DIGITS * abs(logged)

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+UNIFORM, EQUAL_ISSUE = "uniform", "equal-issue"  # LoadGen's default, and its sample_concatenate_permutation
+SAMPLE_ORDERS = (UNIFORM, EQUAL_ISSUE)
+
 
 class Kind(StrEnum):
     """How slots come about. Interactive is a Server with other limits, so it has no kind of its own."""
@@ -20,6 +23,11 @@ class Kind(StrEnum):
     SERVER = "Server"
     OFFLINE = "Offline"
     CONCURRENCY = "Concurrency"
+
+    @property
+    def equal_issue(self) -> bool:
+        """True where LoadGen's equal issue changes which samples are asked for."""
+        return self in (Kind.SERVER, Kind.OFFLINE, Kind.SINGLE_STREAM)
 
     @property
     def open_loop(self) -> bool:
@@ -60,6 +68,10 @@ class Scenario:
 
     `minimums` decide VALID or INVALID of this run; `mlperf` holds the minimums of the MLPerf rules, so that a shorter
     preset can say exactly what it lacks. `target_qps` is the arrival rate of Server and the expected rate of Offline.
+
+    `prompts` is `builtin`, `synthetic` or a file; `input_tokens` (synthetic prompts only) and `output_tokens` are
+    length specs (see `lengths.parse`), drawn from `prompt_seed`. `salt_seed` None means a salt from the run's id.
+    `library_size` is the number of prompts, 0 until they were loaded: equal issue pads counts to multiples of it.
     """
 
     name: str
@@ -78,9 +90,17 @@ class Scenario:
     samples_per_query: int = 1
     max_in_flight: int = 4096
     warmup: int = 4
-    output_tokens: int = 64
+    output_tokens: str = "64"
     timeout_s: float = 600.0
     prompts: str = "builtin"
+    max_prompts: int | None = None
+    tokenizer: str | None = None
+    input_tokens: str | None = None
+    prompt_seed: int = 0
+    salt: bool = True
+    salt_seed: int | None = None
+    sample_order: str = UNIFORM
+    library_size: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """As plain types, for `run.json` and for the message that workers receive."""
@@ -93,6 +113,7 @@ class Scenario:
             **{
                 **data,
                 "kind": Kind(data["kind"]),
+                "output_tokens": str(data["output_tokens"]),  # a number in runs sealed before lengths were specs
                 "limits": Limits(**data["limits"]),
                 "minimums": Minimums(**data["minimums"]),
                 "mlperf": Minimums(**data["mlperf"]),

@@ -1,7 +1,8 @@
-"""Scenario files and command-line overrides → one resolved `Scenario`, validated once, here.
+"""Scenario files, a round's rules and command-line overrides → one resolved `Scenario`, validated once, here.
 
-`loadgen/data/scenarios/*.toml` hold what a scenario is, `rules.toml` a round's seeds, `models.toml` the benchmark
-whose limits judge a model. Every override is kept by name, so that it can be printed and sealed with the run.
+`loadgen/data/scenarios/*.toml` hold what a scenario is, `mlperf_rounds.toml` a round's seeds, `benchmarks.toml` the
+limits and counts of each benchmark, `models.toml` which benchmark judges a model. Every override is kept by name, so
+that it can be printed and sealed with the run.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from loadgen.core.scenario import Kind, Limits, Minimums, Scenario, Seeds
+from loadgen.core import lengths, sample_order
+from loadgen.core.scenario import EQUAL_ISSUE, SAMPLE_ORDERS, UNIFORM, Kind, Limits, Minimums, Scenario, Seeds
 from loadgen.edge.errors import UserError
 
 DATA = Path(__file__).parents[1] / "data"
-ROUND = "v6.1"
+RULES = ("v6.1", "v6.0", "v5.1")  # the newest, which is the default, first
 ARRIVALS = ("poisson", "constant")
 PRESETS = ("smoke", "mlperf")  # seconds, for a first look; MLPerf's real minimum durations and counts
+SYNTHETIC = "synthetic"
 MAX_SLOTS = 50_000_000  # 400 MB of due times; a typing error, not a plan
+_DEFAULT_BINDING = {"benchmark": "llama3.1-8b", "output_tokens": 64}
 
 
 @cache
@@ -33,80 +38,174 @@ def names() -> list[str]:
     return sorted(p.stem for p in (DATA / "scenarios").glob("*.toml"))
 
 
+def benchmarks() -> dict[str, dict[str, Any]]:
+    """The benchmarks whose rules are known, by name."""
+    return {name: entry for name, entry in _toml("benchmarks.toml").items() if name != "lengths"}
+
+
+def length_statistics(side: str) -> dict[str, lengths.Statistics]:
+    """What is published of each benchmark's token lengths; `side` is `input` or `output`."""
+    known = _toml("benchmarks.toml")["lengths"]
+    return {name: lengths.Statistics(entry[side]["max"], entry[side].get("mean")) for name, entry in known.items()}
+
+
+def binding(model: str) -> dict[str, Any]:
+    """The entry of `models.toml` for a served model: its own, or the longest whose name it begins with."""
+    known = _toml("models.toml")
+    fitting = [name for name in known if model == name or model.startswith(f"{name}-")]
+    return dict(known[max(fitting, key=len)] if fitting else _DEFAULT_BINDING)
+
+
 def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str, Any] | None = None) -> Scenario:
     """The scenario `name` for `model` under `preset`, with `overrides` on top.
 
-    Overrides (None and "" are ignored): target_qps, duration_s, min_queries, concurrency, max_in_flight, warmup,
-    output_tokens, timeout_s, arrivals, prompts, ttft_ms, tpot_ms, e2e_ms, schedule_seed. Raises UserError on unknown
-    names and on numbers that make no sense.
+    Overrides (None and "" are ignored): those that `options.OPTIONS` names, and duration_s. `library_size` is still 0:
+    `sized` fills it in when the prompts are known. Raises UserError on unknown names, on numbers that make no sense,
+    and where the round's rules have nothing for the model's benchmark.
     """
     name = name.replace("-", "_")
     if name not in names():
         raise UserError(f"unknown scenario {name!r}; choose one of: {', '.join(names())}")
-    if preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     over = {k: v for k, v in (overrides or {}).items() if v is not None and v != ""}
-    data = _toml(f"scenarios/{name}.toml")
+    _one_of("preset", preset, PRESETS)
+    rules = _one_of("rules", str(over.get("rules", RULES[0])), RULES)
+    data, bound = _toml(f"scenarios/{name}.toml"), binding(model)
+    benchmark = _benchmark(str(over.get("benchmark") or bound.get(name) or bound["benchmark"]), rules)
     kind = Kind(data["kind"])
-    binding = _toml("models.toml").get(model, {"benchmark": "llama3.1-8b", "output_tokens": 64})
     mlperf = _minimums(data["mlperf"])
+    if kind is Kind.OFFLINE:
+        mlperf = replace(mlperf, queries=benchmarks()[benchmark]["library"])
     minimums = mlperf if preset == "mlperf" else _minimums(data["presets"][preset])
     scenario = Scenario(
         name=name,
         kind=kind,
         preset=preset,
-        rules=ROUND,
-        benchmark=binding["benchmark"],
+        rules=rules,
+        benchmark=benchmark,
         percentile=data["percentile"],
-        limits=_limits(data.get("limits", {}).get(binding["benchmark"], {}), over),
+        limits=_limits(name, benchmark, rules, bool(data.get("limits_required")), over),
         minimums=Minimums(
             round(positive(over, "duration_s", minimums.duration_ns / 1e9) * 1e9),
             whole(over, "min_queries", minimums.queries, least=0),
             minimums.early_stopping,
         ),
         mlperf=mlperf,
-        seeds=_seeds(over),
+        seeds=_seeds(rules, over),
         target_qps=positive(over, "target_qps") if over.get("target_qps") is not None else None,
-        arrivals=str(over.get("arrivals", "poisson")),
+        arrivals=_one_of("arrivals", str(over.get("arrivals", "poisson")), ARRIVALS),
         concurrency=whole(over, "concurrency", data.get("concurrency", 1)),
         samples_per_query=data.get("samples_per_query", 1),
         max_in_flight=whole(over, "max_in_flight", data.get("max_in_flight", 4096)),
         warmup=whole(over, "warmup", 4, least=0),
-        output_tokens=whole(over, "output_tokens", binding["output_tokens"]),
         timeout_s=positive(over, "timeout_s", 600.0),
-        prompts=str(over.get("prompts", "builtin")),
+        sample_order=_order(kind, preset, benchmark, over),
+        **_prompts(over, bound["output_tokens"]),
     )
     _check(scenario)
     return scenario
+
+
+def sized(scenario: Scenario, library: int) -> Scenario:
+    """The scenario for a library of that many prompts. SingleStream with equal issue gets LoadGen's minimum count.
+
+    LoadGen makes that from the expected latency, which here is 1 / target_qps; without a target nothing is expected,
+    and the minimum is the next whole pass.
+    """
+    minimums = scenario.minimums
+    if scenario.sample_order == EQUAL_ISSUE and scenario.kind is Kind.SINGLE_STREAM:
+        milliseconds = minimums.duration_ns // 1_000_000 if scenario.target_qps else 0
+        latency_ns = max(1, round(1e9 / (scenario.target_qps or 1.0)))
+        count = sample_order.single_stream_min_queries(minimums.queries, milliseconds, latency_ns, library)
+        minimums = replace(minimums, queries=count)
+    return replace(scenario, library_size=library, minimums=minimums)
 
 
 def _check(scenario: Scenario) -> None:
     if scenario.kind.open_loop and scenario.target_qps is None:
         use = "the arrival rate" if scenario.kind is Kind.SERVER else "the rate you expect, which sets the sample count"
         raise UserError(f"scenario {scenario.name} needs --target-qps: {use}")
-    if scenario.arrivals not in ARRIVALS:
-        raise UserError(f"unknown arrivals {scenario.arrivals!r}; choose one of: {', '.join(ARRIVALS)}")
     if scenario.target_qps and scenario.target_qps * scenario.minimums.duration_ns / 1e9 > MAX_SLOTS:
         raise UserError(
             f"--target-qps {scenario.target_qps:g} makes over {MAX_SLOTS:,} requests; lower it or run shorter"
         )
 
 
+def _benchmark(name: str, rules: str) -> str:
+    """`name`, if that round has it."""
+    _one_of("benchmark", name, tuple(benchmarks()))
+    rounds = benchmarks()[name]["rounds"]
+    if rules not in rounds:
+        raise UserError(f"MLPerf {rules} has no benchmark {name}; it is in {', '.join(rounds)}: choose with --rules")
+    return name
+
+
 def _minimums(data: Mapping[str, Any]) -> Minimums:
     return Minimums(round(data["duration_s"] * 1e9), data.get("queries", 0), data.get("early_stopping", False))
 
 
-def _limits(data: Mapping[str, float], over: Mapping[str, Any]) -> Limits:
+def _limits(name: str, benchmark: str, rules: str, required: bool, over: Mapping[str, Any]) -> Limits:
+    """The benchmark's limits in this scenario, then the user's. Interactive without any is refused."""
+    data = benchmarks()[benchmark].get(name, {})
     values = {}
-    for name in ("ttft", "tpot", "e2e"):
-        if f"{name}_ms" in data or f"{name}_ms" in over:
-            values[f"{name}_ns"] = round(positive(over, f"{name}_ms", data.get(f"{name}_ms")) * 1e6)
+    for limit in ("ttft", "tpot", "e2e"):
+        if f"{limit}_ms" in data or f"{limit}_ms" in over:
+            values[f"{limit}_ns"] = round(positive(over, f"{limit}_ms", data.get(f"{limit}_ms")) * 1e6)
+    if required and not values:
+        have = ", ".join(b for b, entry in benchmarks().items() if name in entry and rules in entry["rounds"])
+        raise UserError(
+            f"MLPerf {rules} has no {name} rules for {benchmark} (it has them for {have}); "
+            "run server instead, or give your own limits with --ttft-ms and --tpot-ms"
+        )
     return Limits(**values)
 
 
-def _seeds(over: Mapping[str, Any]) -> Seeds:
-    seeds = _toml("rules.toml")[ROUND]["seeds"]
+def _seeds(rules: str, over: Mapping[str, Any]) -> Seeds:
+    seeds = _toml("mlperf_rounds.toml")[rules]
     return Seeds(seeds["qsl"], seeds["sample"], whole(over, "schedule_seed", seeds["schedule"], least=0))
+
+
+def _order(kind: Kind, preset: str, benchmark: str, over: Mapping[str, Any]) -> str:
+    """Equal issue where MLPerf prescribes it (preset mlperf) or the user asks for it, else uniform."""
+    prescribed = preset == "mlperf" and kind.equal_issue and benchmarks()[benchmark].get("equal_issue", False)
+    order = str(over.get("sample_order", EQUAL_ISSUE if prescribed else UNIFORM))
+    _one_of("sample order", order, SAMPLE_ORDERS)
+    if order == EQUAL_ISSUE and not kind.equal_issue:
+        raise UserError(f"--sample-order {EQUAL_ISSUE} does not change {kind.value}'s samples; leave it out")
+    return order
+
+
+def _prompts(over: Mapping[str, Any], output_tokens: int) -> dict[str, Any]:
+    """The fields that say which prompts there are, and how long they and their answers should be."""
+    source, given = str(over.get("prompts", "builtin")), over.get("input_tokens")
+    if source == SYNTHETIC and given is None:
+        raise UserError(f"--prompts {SYNTHETIC} needs --input-tokens: {lengths.FORMS}")
+    if source != SYNTHETIC and given is not None:
+        raise UserError(f"--input-tokens needs --prompts {SYNTHETIC}: a given text has the length it has")
+    salt = _one_of("salt", str(over.get("salt", "on")), ("on", "off"))
+    return {
+        "prompts": source,
+        "max_prompts": whole(over, "max_prompts", 1) if "max_prompts" in over else None,
+        "tokenizer": str(over["tokenizer"]) if "tokenizer" in over else None,
+        "input_tokens": _spec("input", str(given)) if given is not None else None,
+        "output_tokens": _spec("output", str(over.get("output_tokens", output_tokens))),
+        "prompt_seed": whole(over, "prompt_seed", 0, least=0),
+        "salt": salt == "on",
+        "salt_seed": whole(over, "salt_seed", 0, least=0) if "salt_seed" in over else None,
+    }
+
+
+def _spec(side: str, text: str) -> str:
+    try:
+        lengths.parse(text, length_statistics(side))
+    except ValueError as error:
+        raise UserError(f"--{side}-tokens {error}") from None
+    return text
+
+
+def _one_of(what: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UserError(f"unknown {what} {value!r}; choose one of: {', '.join(choices)}")
+    return value
 
 
 def positive(over: Mapping[str, Any], name: str, default: float | None = None) -> float:
