@@ -69,7 +69,11 @@ def corrected_early_stopping(
     effective, luck = n / inflation, 1.0 - confidence
     short = effective < _LEAST_EFFECTIVE
     blind = latencies is None and late / inflation < _LATE_WITHOUT_LATENCIES
-    passes = not (blind or short) and _luck(n, late, percentile) < luck and _luck(effective, late / inflation, percentile) < luck
+    passes = (
+        not (blind or short)
+        and _luck(n, late, percentile) < luck
+        and _luck(effective, late / inflation, percentile) < luck
+    )
     enough = None if blind else _enough(late / n, percentile, luck)
     needed = None if enough is None else max(n + (not passes), math.ceil(max(enough, _LEAST_EFFECTIVE) * inflation))
     text = _explain(passes, blind, n, late, effective, needed, percentile, confidence)

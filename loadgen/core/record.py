@@ -64,6 +64,7 @@ SCHEMA: tuple[Column, ...] = (
     Column("tokens_out", "int32", "output tokens, summed from the server's count in each response"),
     Column("usage_out", "int32", "output tokens by the server's final usage; differs from tokens_out on a mismatch"),
     Column("asked_out", "int32", "output tokens the request asked for"),
+    Column("asked_in", "int32", "prompt tokens the prompt was made to have; null for a text of any length"),
     Column("chunk_ns", "list<int64>", "arrival of each response that carried tokens"),
     Column("chunk_tokens", "list<int32>", "tokens in each of those responses"),
     Column("outcome", "string", "ok, error, timeout, shed or cut"),
@@ -82,6 +83,7 @@ class Record:
     phase: Phase
     due_ns: int
     asked_out: int
+    asked_in: int | None = None
     sent_ns: int | None = None
     first_ns: int | None = None
     done_ns: int | None = None
@@ -115,6 +117,7 @@ class Rows:
     tokens_out: Int64
     usage_out: Int64
     asked_out: Int64
+    asked_in: Int64
     outcome: npt.NDArray[np.str_]
     chunk_offsets: Int64
     chunk_ns: Int64

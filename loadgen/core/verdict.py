@@ -269,6 +269,11 @@ def _tokens(rows: Rows) -> list[Reason]:
     if differ:
         seen = f"{differ} answers whose final usage differs from the sum of their responses"
         reasons.append(Reason("token_mismatch", seen, "0", "the server lost or repeated responses: read its log"))
+    drifted = int((ok & (rows.asked_in != NEVER) & (rows.tokens_in != rows.asked_in)).sum())
+    if drifted:
+        seen = f"{drifted} prompts of another length, by the server's count, than they were made to have"
+        advice = "the server encodes otherwise: give --tokenizer the tokenizer.json that it uses"
+        reasons.append(Reason("input_length", seen, "0", advice))
     short = int((ok & (rows.asked_out > 0) & (rows.tokens_out > 0) & (rows.tokens_out != rows.asked_out)).sum())
     if short:
         seen = f"{short} answers with another length than asked for"

@@ -10,7 +10,7 @@ function draw() {
       font: { color: ink, family: "system-ui, sans-serif" },
       xaxis: { ...axis, ...figure.layout.xaxis, title: { text: figure.layout.xaxis.title } },
       yaxis: { ...axis, ...figure.layout.yaxis, title: { text: figure.layout.yaxis.title } } };
-    Plotly.react(name, figure.data, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
+    Plotly.react(name, figure.data, layout, { responsive: true, displayModeBar: false });
   }
 }
 dark.addEventListener("change", draw);

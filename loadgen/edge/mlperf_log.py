@@ -25,7 +25,7 @@ from loadgen.core.loadgen_settings import Settings
 from loadgen.core.loadgen_text import spell, summary_text
 from loadgen.core.loadgen_verdict import Facts, Value
 from loadgen.core.record import Phase
-from loadgen.core.scenario import Kind, Scenario
+from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
 from loadgen.edge.mlperf_run import LoadGenView, settings_of, view
 from loadgen.edge.store import Run
 
@@ -173,7 +173,8 @@ def _common(run: Run, settings: Settings) -> Facts:
             "min_query_count": run.scenario.minimums.queries, "max_query_count": 0, **_seeds(run),
             "accuracy_log_rng_seed": 0, "accuracy_log_probability": 0, "accuracy_log_sampling_target": 0,
             "print_timestamps": False, "performance_issue_unique": False, "performance_issue_same": False,
-            "performance_issue_same_index": 0, "sample_concatenate_permutation": False}  # fmt: skip
+            "performance_issue_same_index": 0,
+            "sample_concatenate_permutation": run.scenario.sample_order == EQUAL_ISSUE}  # fmt: skip
 
 
 def _effective(run: Run, settings: Settings, mode: str) -> Facts:
@@ -213,7 +214,9 @@ def _course(log: DetailLog, run: Run, seen: LoadGenView | None) -> None:
     log.add("loaded_qsl_set", sample_order.loaded_set(library, library, scenario.seeds.qsl).tolist())
     if scenario.kind is Kind.SERVER and scenario.arrivals == "poisson":
         minimums, qps, seed = scenario.minimums, scenario.target_qps or 1.0, scenario.seeds.schedule
-        count = len(schedule.loadgen_server(qps, minimums.duration_ns, max(minimums.queries, 1), seed))
+        dataset = library if scenario.sample_order == EQUAL_ISSUE else None
+        floor = max(minimums.queries, 1)
+        count = len(schedule.loadgen_server(qps, minimums.duration_ns, floor, seed, dataset=dataset))
         log.add("generated_query_count", count)
         log.add("generated_samples_per_query", 1)
         log.add("generated_query_duration", int(schedule.loadgen_poisson(qps, count + 1, seed)[-1]))

@@ -163,6 +163,7 @@ class Control:
         overrides["duration_s"] = seconds(options.run_time or self.run_time)
         scenario = scenarios.resolve(options.scenario, options.model, options.preset, overrides)
         library = PromptLibrary(scenario.prompts, scenario)
+        scenario = scenarios.sized(scenario, len(library))
         host = self.environment.host or ""
         server = probe(host, options.model)
         parameters = server.pop("parameters")
@@ -176,7 +177,7 @@ class Control:
             "server": {"url": host, **server},
             "hardware": hardware.describe(host, options.hardware),
             "overrides": {k: v for k, v in overrides.items() if v is not None and v != ""},
-            "prompts": {"source": scenario.prompts, "count": len(library), "sha256": library.sha256},
+            "prompts": library.describe(scenario),
         }
         return scenario, document
 

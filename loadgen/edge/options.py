@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from loadgen.core.scenario import SAMPLE_ORDERS
 from loadgen.edge import scenarios
 
 PROGRESS_FD = "TRITONMARK_PROGRESS_FD"  # where a load process finds the pipe for its progress lines, if there is one
@@ -34,7 +35,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("--target-qps", "arrival rate of server, expected rate of offline (1/s)", float, override="target_qps"),
     Option("--concurrency", "requests in flight of the concurrency scenario", int, override="concurrency"),
     Option("--min-queries", "least number of queries (default: the preset's)", int, override="min_queries"),
-    Option("--output-tokens", "tokens asked of each request (default: the model's)", int, override="output_tokens"),
+    Option("--rules", "MLPerf round: seeds, benchmarks, limits (default v6.1)", choices=scenarios.RULES, override="rules"),
+    Option("--benchmark", "MLPerf benchmark whose limits count (default: the nearest to the model)",
+           choices=tuple(scenarios.benchmarks()), override="benchmark"),
+    Option("--sample-order", "with replacement, or whole passes (default: the rules' for mlperf, else uniform)",
+           choices=SAMPLE_ORDERS, override="sample_order"),
+    Option("--output-tokens", "answer length: 64, uniform:8-64, normal:64,16, dist:BENCHMARK (default: the model's)",
+           override="output_tokens"),
     Option("--max-in-flight", "cap of open requests: server sheds and counts, offline waits", int,
            override="max_in_flight"),
     Option("--warmup", "requests before the measurement (default 4)", int, override="warmup"),
@@ -44,7 +51,18 @@ OPTIONS: tuple[Option, ...] = (
     Option("--ttft-ms", "limit on time to first token, at the scenario's percentile", float, override="ttft_ms"),
     Option("--tpot-ms", "limit on time per output token", float, override="tpot_ms"),
     Option("--e2e-ms", "limit on end-to-end latency", float, override="e2e_ms"),
-    Option("--prompts", "JSONL file with a text a line (default: the built-in library)", override="prompts"),
+    Option("--prompts", "JSONL, JSON (ShareGPT) or Parquet file, or synthetic (default: the built-in library)",
+           override="prompts"),
+    Option("--max-prompts", "prompts taken of the file, or made (default: all; 1024 synthetic ones)", int,
+           override="max_prompts"),
+    Option("--input-tokens", "exact length of synthetic prompts: 128, uniform:64-256, normal:256,64, dist:BENCHMARK",
+           override="input_tokens"),
+    Option("--tokenizer", "tokenizer.json of the served model, for synthetic prompts", override="tokenizer"),
+    Option("--prompt-seed", "seed of synthetic prompts and of drawn lengths (default 0)", int, override="prompt_seed"),
+    Option("--salt", "a few tokens before each prompt, new in each run, against prefix caches (default on)",
+           choices=("on", "off"), override="salt"),
+    Option("--salt-seed", "salt from this seed and not from the run: equal prompts for an A/B pair", int,
+           override="salt_seed"),
     Option("--results", "folder for sealed runs", default="results"),
     Option("--hardware", "label of the server's hardware (default: probed where the server is local)"),
 )  # fmt: skip

@@ -64,7 +64,8 @@ def banner(run: Run) -> str:
 def table(runs: Sequence[Run]) -> str:
     head = "".join(f"<th>{esc(report.title(r))}</th>" for r in runs)
     body = "".join(
-        f'<tr title="{esc(line.help)}"><th>{esc(line.label)}</th>{"".join(f"<td>{esc(c)}</td>" for c in line.cells)}</tr>'
+        f'<tr title="{esc(line.help)}"><th>{esc(line.label)}</th>'
+        f"{''.join(f'<td>{esc(c)}</td>' for c in line.cells)}</tr>"
         for line in report.lines(runs)
     )
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -89,8 +90,8 @@ def reading() -> str:
         for n in (*report.LATENCIES, *report.RATES)
     )
     return (
-        "<h2>How to read this</h2><p>Latency counts from the moment the schedule wanted a request sent; “from send” hides "
-        "what the client and its queue added and is shown for comparison only. Percentiles are MLPerf LoadGen's, over every "
-        "scheduled request: a failed one counts as slower than any other.</p>"
+        "<h2>How to read this</h2><p>Latency counts from the moment the schedule wanted a request sent; “from send” "
+        "hides what the client and its queue added and is shown for comparison only. Percentiles are MLPerf "
+        "LoadGen's, over every scheduled request: a failed one counts as slower than any other.</p>"
         f'<table class="left">{rows}</table>'
     )

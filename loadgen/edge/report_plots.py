@@ -58,13 +58,14 @@ def distribution(run: Run, rows: Rows) -> Figure:
             x = float(np.log10(limit / 1e6))
             shapes.append({"type": "line", "x0": limit / 1e6, "x1": limit / 1e6, "y0": 0, "y1": 1, "yref": "paper",
                            "line": {"color": colour, "width": 1, "dash": "dash"}})  # fmt: skip
-            notes.append({"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": f"{name} limit", "showarrow": False,
-                          "font": {"color": colour, "size": 11}})  # fmt: skip
+            notes.append({"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": f"{name} limit",
+                          "showarrow": False, "font": {"color": colour, "size": 11}})  # fmt: skip
     goal = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": scenario.percentile, "y1": scenario.percentile,
             "line": {"color": "#888", "width": 1, "dash": "dot"}}  # fmt: skip
     return _figure(
         f"Latency distribution (dotted: from send; grey: {percentile_name(scenario.percentile)})", data,
-        xaxis={"title": "ms", "type": "log"}, yaxis={"title": "share of requests", "range": [0, 1.02], "tickformat": ".0%"},
+        xaxis={"title": "ms", "type": "log"},
+        yaxis={"title": "share of requests", "range": [0, 1.02], "tickformat": ".0%"},
         shapes=[*shapes, goal], annotations=notes,
     )  # fmt: skip
 
@@ -72,7 +73,8 @@ def distribution(run: Run, rows: Rows) -> Figure:
 def _curve(name: str, values: Int64, n: int, colour: str, dash: str) -> Figure:
     ordered = np.sort(values)
     index = np.unique((QUANTILES * (len(ordered) - 1)).astype(np.int64))
-    return {"type": "scatter", "mode": "lines", "name": name, "x": _ms(ordered[index]), "y": ((index + 1) / n).round(5).tolist(),
+    return {"type": "scatter", "mode": "lines", "name": name, "x": _ms(ordered[index]),
+            "y": ((index + 1) / n).round(5).tolist(),
             "line": {"color": colour, "dash": dash, "width": 2 if dash == "solid" else 1.3}}  # fmt: skip
 
 
@@ -80,16 +82,13 @@ def over_time(run: Run, rows: Rows, edges: np.ndarray) -> Figure:
     """E2E and TTFT by due time: every request when they are few, else p50 and p99 of each bin; failures in red."""
     data = []
     bad = np.flatnonzero(~rows.ok)
-    for name, values, colour in (
-        ("E2E", rows.done_ns - rows.due_ns, GREEN),
-        ("TTFT", rows.first_ns - rows.due_ns, BLUE),
-    ):
-        keep = rows.ok & (rows.first_ns != NEVER)
-        due, latency = rows.due_ns[keep], values[keep]
+    keep = rows.ok & (rows.first_ns != NEVER)
+    for name, end_ns, colour in (("E2E", rows.done_ns, GREEN), ("TTFT", rows.first_ns, BLUE)):
+        due, latency = rows.due_ns[keep], (end_ns - rows.due_ns)[keep]
         if len(due) <= 3 * BINS:
             order = np.argsort(due, kind="stable")
-            data.append({"type": "scatter", "mode": "markers", "name": name, "x": _s(due[order]), "y": _ms(latency[order]),
-                         "marker": {"color": colour, "size": 4, "opacity": 0.7}})  # fmt: skip
+            data.append({"type": "scatter", "mode": "markers", "name": name, "x": _s(due[order]),
+                         "y": _ms(latency[order]), "marker": {"color": colour, "size": 4, "opacity": 0.7}})  # fmt: skip
         else:
             data += _bands(name, due, latency, edges, colour)
     if len(bad):
@@ -116,26 +115,31 @@ def _bands(name: str, due: Int64, latency: Int64, edges: np.ndarray, colour: str
 def throughput(edges: np.ndarray, tokens: np.ndarray) -> Figure:
     """Output tokens per second by arrival, of every measured request."""
     width_s = (edges[1] - edges[0]) / 1e9
-    data = [{"type": "scatter", "mode": "lines", "name": "tokens/s", "x": _s(edges[:-1]), "fill": "tozeroy",
-             "y": (tokens / width_s).round(1).tolist(), "line": {"color": PURPLE, "width": 1.5, "shape": "hv"}}]  # fmt: skip
+    data = [_steps("tokens/s", edges[:-1], (tokens / width_s).round(1), PURPLE) | {"fill": "tozeroy"}]
     return _figure("Throughput", data, xaxis={"title": "s"}, yaxis={"title": "tokens/s", "rangemode": "tozero"})
 
 
 def in_flight(rows: Rows, edges: np.ndarray) -> Figure:
     """Requests between send and done, and requests that are due and not yet done: the queue the users feel."""
-    done = np.sort(rows.done_ns[rows.done_ns != NEVER])
     data = []
     for name, starts, colour in (("due and not done", rows.due_ns, GREEN), ("in flight", rows.sent_ns, ORANGE)):
-        began = np.sort(starts[starts != NEVER])
-        value = np.searchsorted(began, edges, "right") - np.searchsorted(done, edges, "right")
-        data.append({"type": "scatter", "mode": "lines", "name": name, "x": _s(edges), "y": np.maximum(value, 0).tolist(),
-                     "line": {"color": colour, "width": 1.5, "shape": "hv"}})  # fmt: skip
+        began, done = (
+            np.sort(starts[starts != NEVER]),
+            np.sort(rows.done_ns[(starts != NEVER) & (rows.done_ns != NEVER)]),
+        )
+        open_ = np.searchsorted(began, edges, "right") - np.searchsorted(done, edges, "right")
+        data.append(_steps(name, edges, np.maximum(open_, 0), colour))
     return _figure("Requests", data, xaxis={"title": "s"}, yaxis={"title": "requests", "rangemode": "tozero"})
 
 
+def _steps(name: str, x_ns: np.ndarray, y: np.ndarray, colour: str) -> Figure:
+    return {"type": "scatter", "mode": "lines", "name": name, "x": _s(x_ns), "y": y.tolist(),
+            "line": {"color": colour, "width": 1.5, "shape": "hv"}}  # fmt: skip
+
+
 def _figure(title: str, data: list[Figure], **layout: Any) -> Figure:
-    base = {"title": {"text": title, "x": 0.01, "font": {"size": 14}}, "margin": {"l": 55, "r": 15, "t": 45, "b": 40},
-            "height": 320, "legend": {"orientation": "h", "y": -0.2}, "hovermode": "closest"}  # fmt: skip
+    base = {"title": {"text": title, "x": 0.01, "font": {"size": 14}}, "margin": {"l": 55, "r": 15, "t": 45, "b": 75},
+            "height": 340, "legend": {"orientation": "h", "y": -0.25}, "hovermode": "closest"}  # fmt: skip
     return {"data": data, "layout": base | layout}
 
 

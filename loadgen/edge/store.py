@@ -56,7 +56,10 @@ def to_rows(table: pa.Table) -> Rows:
     table = table.combine_chunks()
     out: dict[str, Any] = {}
     for name in {f.name for f in fields(Rows)} & {c.name for c in SCHEMA} - {"chunk_ns", "chunk_tokens", "outcome"}:
-        out[name] = table[name].cast(pa.int64()).fill_null(NEVER).to_numpy()
+        if name in table.column_names:  # asked_in came later than the first sealed runs
+            out[name] = table[name].cast(pa.int64()).fill_null(NEVER).to_numpy()
+        else:
+            out[name] = np.full(len(table), NEVER, dtype=np.int64)
     phases = table["phase"].to_numpy(zero_copy_only=False)
     out["measured"] = phases == Phase.MEASURE.value
     out["outcome"] = table["outcome"].to_numpy(zero_copy_only=False).astype("U8")

@@ -149,7 +149,7 @@ def _until_exact(
     whole: Callable[[int, str], str],
     exact: Callable[[int, list[int]], bool],
 ) -> list[str]:
-    """`make(index, attempt)` for each index, again and again where its `whole` text does not encode to what is wanted."""
+    """`make(index, attempt)` for each index, again where its `whole` text does not encode to what is wanted."""
     found: dict[int, str] = {}
     open_ = range(len(lengths))
     for attempt in range(ATTEMPTS):

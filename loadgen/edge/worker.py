@@ -22,7 +22,7 @@ from gevent.pool import Group, Pool
 
 from loadgen.core import schedule
 from loadgen.core.record import Int64, Outcome, Phase, Record
-from loadgen.core.scenario import Kind, Scenario
+from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
 from loadgen.core.verdict import WorkerAudit
 from loadgen.edge.clients.triton_http import TritonHttp
 from loadgen.edge.samples import PromptLibrary, sample_indices, sample_stream
@@ -54,16 +54,24 @@ class Clock:
 
 
 def due_times(scenario: Scenario) -> Int64:
-    """All due times of an open-loop scenario, in ns; LoadGen's own number of queries. Empty for closed loops."""
+    """All due times of an open-loop scenario, in ns; LoadGen's own number of queries. Empty for closed loops.
+
+    With equal issue that is a whole number of passes over the library, whose size must be known then.
+    """
     length, floor = scenario.minimums.duration_ns, max(scenario.minimums.queries, 1)
     qps = scenario.target_qps or 0.0
+    dataset = scenario.library_size if scenario.sample_order == EQUAL_ISSUE and scenario.library_size else None
     if scenario.kind is Kind.OFFLINE:
-        return schedule.offline(max(floor, round(1.1 * length / 1e9 * qps)))
+        return schedule.offline(_padded(max(floor, round(1.1 * length / 1e9 * qps)), dataset))
     if scenario.kind is not Kind.SERVER:
         return np.empty(0, dtype=np.int64)
     if scenario.arrivals == "constant":
-        return schedule.constant(qps, max(floor, int(length / 1e9 * qps) + 1))
-    return schedule.loadgen_server(qps, length, floor, scenario.seeds.schedule)
+        return schedule.constant(qps, _padded(max(floor, int(length / 1e9 * qps) + 1), dataset))
+    return schedule.loadgen_server(qps, length, floor, scenario.seeds.schedule, dataset=dataset)
+
+
+def _padded(count: int, dataset: int | None) -> int:
+    return -(-count // dataset) * dataset if dataset else count
 
 
 class LoadWorker:
@@ -80,7 +88,7 @@ class LoadWorker:
         self.client = TritonHttp(
             plan["host"], plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock, kernel_stamps=True
         )
-        self.library = PromptLibrary(self.scenario.prompts, self.scenario)
+        self.library = PromptLibrary(self.scenario.prompts, self.scenario, plan["tag"])
         self.tag, self.send, self.fire = plan["tag"], send, fire
         self.go: AsyncResult = AsyncResult()
         cap = max(1, self.scenario.max_in_flight // self.workers) if self.scenario.kind.open_loop else None
@@ -215,7 +223,7 @@ class LoadWorker:
 
     def _record(self, seq: int, sample: int, due_ns: int, phase: Phase = Phase.MEASURE) -> Record:
         query = seq // self.scenario.samples_per_query
-        return Record(seq, query, sample, self.index, phase, due_ns, self.scenario.output_tokens)
+        return Record(seq, query, sample, self.index, phase, due_ns, *self.library.asks(sample))
 
     def _spawn(self, record: Record) -> gevent.Greenlet:
         self.open[id(record)] = record

@@ -8,7 +8,8 @@ from loadgen.core.record import NEVER, Rows
 
 
 def make_rows(specs: list[dict[str, Any]]) -> Rows:
-    """`due`, `sent`, `chunks` (arrival times), `tokens` (in each), `done`, `outcome`, `query`, `phase`, `usage`, `asked`."""
+    """`due`, `sent`, `chunks` (arrival times), `tokens` (in each), `done`, `outcome`, `query`, `phase`, `usage`, `asked`,
+    `asked_in`."""
 
     def column(name: str, default: Any) -> np.ndarray:
         values = [default(i, s) if callable(default) else s.get(name, default) for i, s in enumerate(specs)]
@@ -31,6 +32,7 @@ def make_rows(specs: list[dict[str, Any]]) -> Rows:
         tokens_out=np.array(total, dtype=np.int64),
         usage_out=column("usage", lambda i, s: s.get("usage", total[i])),
         asked_out=column("asked", lambda i, s: s.get("asked", total[i])),
+        asked_in=column("asked_in", NEVER),
         outcome=np.array([s.get("outcome", "ok") for s in specs], dtype="U8"),
         chunk_offsets=np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64),
         chunk_ns=np.array([t for c in chunks for t in c], dtype=np.int64),

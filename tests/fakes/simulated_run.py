@@ -66,6 +66,7 @@ def _batch(
         "due_ns": due, "sent_ns": due + 1000, "first_ns": pa.array(first, mask=bad), "done_ns": done,
         "tokens_in": np.full(rows, 7, dtype=np.int32), "tokens_out": counts, "usage_out": counts,
         "asked_out": np.full(rows, tokens, dtype=np.int32),
+        "asked_in": pa.nulls(rows, pa.int32()),
         "chunk_ns": pa.ListArray.from_arrays(offsets, pa.array(chunk_ns)),
         "chunk_tokens": pa.ListArray.from_arrays(offsets, pa.array(chunk_tokens)),
         "outcome": pa.array(np.where(bad, Outcome.ERROR.value, Outcome.OK.value)),

@@ -12,9 +12,9 @@ MS, S = 1_000_000, 1_000_000_000
 
 
 def worker(**changes):
-    return WorkerAudit(**{**dict(worker=0, requests=10, lateness_p50_ns=0, lateness_p99_ns=0, lateness_max_ns=0,
-                                 loop_lag_p50_ns=0, loop_lag_p99_ns=0, loop_lag_max_ns=0, cpu_share=0.1,
-                                 max_rss_bytes=1), **changes})  # fmt: skip
+    return WorkerAudit(**{"worker": 0, "requests": 10, "lateness_p50_ns": 0, "lateness_p99_ns": 0, "lateness_max_ns": 0,
+                                 "loop_lag_p50_ns": 0, "loop_lag_p99_ns": 0, "loop_lag_max_ns": 0, "cpu_share": 0.1,
+                                 "max_rss_bytes": 1, **changes})  # fmt: skip
 
 
 def decide(specs, scenario, **audit) -> Verdict:

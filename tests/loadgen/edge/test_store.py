@@ -21,10 +21,10 @@ SCENARIO = scenarios.resolve("server", "phi-2-tiny", "smoke", {"target_qps": 10,
 
 
 def record(seq: int, **changes) -> Record:
-    base = dict(seq=seq, query=seq, sample=seq % 3, worker=0, phase=Phase.MEASURE, due_ns=seq * 10**8, asked_out=2,
-                sent_ns=seq * 10**8 + 5, first_ns=seq * 10**8 + 100, done_ns=seq * 10**8 + 300, tokens_in=7, tokens_out=2,
-                usage_out=2, chunk_ns=array("q", [seq * 10**8 + 100, seq * 10**8 + 300]),
-                chunk_tokens=array("i", [1, 1]), outcome=Outcome.OK)  # fmt: skip
+    base = {"seq": seq, "query": seq, "sample": seq % 3, "worker": 0, "phase": Phase.MEASURE, "due_ns": seq * 10**8, "asked_out": 2,
+                "sent_ns": seq * 10**8 + 5, "first_ns": seq * 10**8 + 100, "done_ns": seq * 10**8 + 300, "tokens_in": 7, "tokens_out": 2,
+                "usage_out": 2, "chunk_ns": array("q", [seq * 10**8 + 100, seq * 10**8 + 300]),
+                "chunk_tokens": array("i", [1, 1]), "outcome": Outcome.OK}  # fmt: skip
     return Record(**{**base, **changes})
 
 

@@ -1,0 +1,334 @@
+"""Which rate to try next: a search for the highest load that a server carries inside its limits.
+
+`propose(plan, history)` is a pure function: given everything that was seen it names the next probe, or the answer. A
+search that was interrupted is therefore continued by reading its history back, and what is still to come can be
+rehearsed (`remaining`). Rates may be requests/s, or whole numbers of requests in flight.
+
+    rough     short probes grow the rate by 2 until one fails, then halve that gap to 10 %. They only place the
+              boundary: a probe that can't tell is repeated 4 times as long, at last as a full-length run.
+    refine    full-length runs around that place, in steps of 3, 6, 12 ... % until one passes and one fails, then
+              halving, until they are a third of the precision apart. Short probes flatter or slander a server (a queue
+              needs time to grow; a schedule has bursts), so from here on only full-length runs are evidence.
+    confirm   a full-length run two thirds of the precision below the lowest rate that failed: room for a rate that
+              passed or failed by luck. If it fails, step down and confirm again.
+
+An answer is always a rate whose every full-length run passed, below every rate whose full-length run failed.
+
+>>> propose(Plan(start=4, least=0.01, most=1000, full_s=60, probe_s=10, budget_s=1200), [])
+Probe(rate=4, seconds=10, full=False, purpose='rough')
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+GROWTH = 2.0
+ROUGH = 1.1  # how near short probes bring the ends of the bracket
+LENGTHEN = 4.0
+OVERHEAD_S = 8.0  # of a run, before one was seen: start, warm-up, drain, seal
+DIGITS = 4  # of a rate, so that it is the same number in a journal, on a command line and in a report
+
+
+class Outcome(StrEnum):
+    """What a probe says about its rate. CLIENT: nothing, the load generator failed. BROKEN: no rate can pass."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNSURE = "unsure"
+    CLIENT = "client"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is searched, and with what means. `whole`: rates are whole numbers (concurrency).
+
+    A full-length run takes `full_s`, or longer where `full_queries` at its rate do. `budget_s` bounds the sum of what
+    probes really cost. The answer is meant to lie within `precision` below the true boundary.
+    """
+
+    start: float
+    least: float
+    most: float
+    full_s: float
+    probe_s: float
+    budget_s: float
+    precision: float = 0.03
+    whole: bool = False
+    full_queries: int = 0
+
+    def full_length_s(self, rate: float) -> float:
+        return self.full_s if self.whole else max(self.full_s, math.ceil(self.full_queries / rate))
+
+    def round(self, rate: float) -> float:
+        """Down to a rate that can be written: a whole number, or four digits."""
+        rate = min(max(rate, self.least), self.most)
+        if self.whole:
+            return math.floor(rate + 1e-9)
+        step = 10.0 ** (math.floor(math.log10(rate)) - DIGITS + 1)
+        return float(f"{math.floor(rate / step * (1 + 1e-12)) * step:.{DIGITS}g}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A run to make. `seconds` is its length; `full` where it must count by the scenario's own minimums."""
+
+    rate: float
+    seconds: float
+    full: bool
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a probe came to, and the wall-clock seconds it cost."""
+
+    rate: float
+    seconds: float
+    full: bool
+    outcome: Outcome
+    cost_s: float
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Observation:
+        """The inverse of `to_json`; other keys are ignored. Raises KeyError or ValueError on another document."""
+        names = ("rate", "seconds", "full", "cost_s", "reason")
+        return cls(**{name: data[name] for name in names}, outcome=Outcome(data["outcome"]))
+
+    def answers(self, probe: Probe) -> bool:
+        return (self.rate, self.seconds, self.full) == (probe.rate, probe.seconds, probe.full)
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end. `rate` is None when no full-length run passed. `failed` is the lowest rate whose full-length run failed.
+
+    `code`: "found" (within the precision), "maximum" (the highest rate allowed passes), "budget", "client" (the load
+    generator was the bottleneck), "broken" (no rate can pass), "none" (not even the lowest rate passes).
+    """
+
+    rate: float | None
+    code: str
+    reason: str
+    failed: float | None = None
+
+
+Steps = Generator[Probe, Observation, Done]
+Asking = Generator[Probe, Observation, Outcome]
+Walking = Generator[Probe, Observation, None]
+
+
+class _Stop(Exception):
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code, self.reason = code, reason
+
+
+def propose(plan: Plan, history: Sequence[Observation]) -> Probe | Done:
+    """The next probe after `history`, or the end. Observations that the plan has no use for are passed over."""
+    steps, unused = _Search(plan).steps(), list(history)
+    try:
+        probe = next(steps)
+        while True:
+            match = next((o for o in unused if o.answers(probe)), None)
+            if match is None:
+                return probe
+            unused.remove(match)
+            probe = steps.send(match)
+    except StopIteration as end:
+        done: Done = end.value
+        return done
+
+
+def remaining(plan: Plan, history: Sequence[Observation], servers: int = 16) -> tuple[float, float]:
+    """How many more seconds the search will take, from and to: it is rehearsed against made-up servers.
+
+    Their boundaries are spread evenly (in logarithm) over the rates that `history` leaves possible, and a bit beyond;
+    their runs take as much longer than asked as those seen did.
+    """
+    low, high = _possible(plan, history)
+    excess = _excess(history)
+    totals = []
+    for k in range(servers):
+        boundary = low * (high / low) ** ((k + 0.5) / servers)
+        made, total = list(history), 0.0
+        while isinstance(probe := propose(plan, made), Probe):
+            near = not probe.full and abs(math.log(probe.rate / boundary)) < plan.precision
+            outcome = Outcome.UNSURE if near else Outcome.PASS if probe.rate <= boundary else Outcome.FAIL
+            cost = probe.seconds * max(1.0, min(GROWTH, probe.rate / boundary)) + excess  # an overload has to drain
+            made.append(Observation(probe.rate, probe.seconds, probe.full, outcome, cost))
+            total += cost
+        totals.append(total)
+    totals.sort()
+    return totals[servers // 8], totals[-1 - servers // 8]
+
+
+def _possible(plan: Plan, history: Sequence[Observation]) -> tuple[float, float]:
+    passed = [o.rate for o in history if o.outcome is Outcome.PASS]
+    failed = [o.rate for o in history if o.outcome is Outcome.FAIL]
+    near = [o.rate for o in history if o.outcome is Outcome.UNSURE]
+    low = max(passed, default=min(failed, default=plan.start) / GROWTH**4)
+    high = min(failed, default=max(passed, default=plan.start) * GROWTH**4)
+    if near:
+        low, high = max(low, near[-1] / ROUGH), min(high, near[-1] * ROUGH)
+    low, high = max(min(low, high) * 0.97, plan.least), min(max(low, high) * 1.03, plan.most)
+    return min(low, high), max(low, high)
+
+
+def _excess(history: Sequence[Observation]) -> float:
+    """Seconds that a run takes beyond its length: the most that one that passed took, or a guess."""
+    return max((o.cost_s - o.seconds for o in history if o.outcome is Outcome.PASS), default=OVERHEAD_S)
+
+
+class _Search:
+    """The steps of one search, and what they have found so far."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.seen: list[Observation] = []
+        self.near: float | None = None  # where short probes could not tell
+        self.length_s = plan.probe_s
+
+    # What is known
+
+    def _rates(self, outcome: Outcome, full: bool) -> list[float]:
+        return [o.rate for o in self.seen if o.outcome is outcome and (o.full or not full)]
+
+    def failed(self) -> float | None:
+        """The lowest rate whose full-length run failed."""
+        return min(self._rates(Outcome.FAIL, full=True), default=None)
+
+    def passed(self, full: bool = True) -> float | None:
+        """The highest rate that passed below all that failed; of full-length runs only, or of any."""
+        failed = min(self._rates(Outcome.FAIL, full), default=math.inf)
+        return max((r for r in self._rates(Outcome.PASS, full) if r < failed), default=None)
+
+    # One probe
+
+    def _cost_s(self, rate: float, seconds: float | None = None) -> float:
+        return (seconds or self.plan.full_length_s(rate)) + _excess(self.seen)
+
+    def _ask(self, rate: float, seconds: float | None, purpose: str) -> Asking:
+        """Asks for a probe of `seconds`, or of full length (None); again, once, when the client spoilt it."""
+        full = seconds is None
+        length = self.plan.full_length_s(rate) if seconds is None else seconds
+        for _ in range(2):
+            reserve = 0.0 if full else self._cost_s(rate)  # a short probe must leave room for a confirmation
+            if sum(o.cost_s for o in self.seen) + self._cost_s(rate, seconds) + reserve > self.plan.budget_s:
+                raise _Stop("budget", "the budget ended before the boundary was narrowed down")
+            seen = yield Probe(rate, length, full, purpose)
+            self.seen.append(seen)
+            if seen.outcome is Outcome.BROKEN:
+                raise _Stop("broken", seen.reason)
+            if seen.outcome is not Outcome.CLIENT:
+                return seen.outcome
+        raise _Stop("client", f"twice at {rate:g}: {seen.reason}")
+
+    # The parts of a search
+
+    def steps(self) -> Steps:
+        try:
+            yield from self._rough()
+            yield from self._refine()
+            return (yield from self._confirm())
+        except _Stop as stop:
+            return (yield from self._salvage(stop))
+
+    def _rough(self) -> Walking:
+        """Short probes: by factors of 2 up or down from the start, then halving. Ends early where one can't tell."""
+        rate = self.plan.round(self.plan.start)
+        while self.near is None:
+            yield from self._rough_probe(rate)
+            low, high = self.passed(full=False), min(self._rates(Outcome.FAIL, full=False), default=None)
+            if low is None and high is not None:
+                if high <= self.plan.least:
+                    raise _Stop("none", f"not even {high:g} passes: {self.seen[-1].reason}")
+                rate = self.plan.round(high / GROWTH)
+            elif low is not None and high is None:
+                if low >= self.plan.most:
+                    return
+                rate = self.plan.round(low * GROWTH)
+            elif low is not None and high is not None:
+                rate = self._between(low, high)
+                if high / low <= ROUGH or rate <= low:
+                    return
+
+    def _rough_probe(self, rate: float) -> Walking:
+        while True:
+            short = self.length_s <= self.plan.full_length_s(rate) / 2
+            outcome = yield from self._ask(rate, self.length_s if short else None, "rough")
+            if outcome is not Outcome.UNSURE:
+                return
+            self.length_s *= LENGTHEN
+            if self.length_s > self.plan.full_length_s(rate) / 2:
+                self.near = rate
+                return
+
+    def _refine(self) -> Walking:
+        """Full-length runs, until one that passed and one that failed are a third of the precision apart."""
+        step = self.plan.precision
+        rate = self.near or self.passed(full=False) or self.plan.start
+        while self.passed() is None:
+            if (failed := self.failed()) is not None:
+                if failed <= self.plan.least:
+                    raise _Stop("none", f"not even {failed:g} passes: {self.seen[-1].reason}")
+                rate, step = self._below(min(failed, rate), step), 2 * step
+            yield from self._ask(rate, None, "refine")
+        step = self.plan.precision
+        while (low := self.passed()) is not None:
+            high = self.failed()
+            if low >= self.plan.most or (high is not None and self._close(low, high)):
+                return
+            if high is None:
+                rough = min((r for r in self._rates(Outcome.FAIL, full=False) if r > low), default=self.plan.most)
+                rate = min(self.plan.round(max(low * (1 + step), low + self.plan.whole)), self._between(low, rough))
+                rate, step = (rate if rate > low else self.plan.round(low * (1 + step))), 2 * step
+            else:
+                rate = self._between(low, high)
+            yield from self._ask(rate, None, "refine")
+
+    def _confirm(self) -> Steps:
+        """A run at the answer; lower and lower until it passes."""
+        failed, low = self.failed(), self.passed()
+        if failed is None and low is not None:
+            return Done(low, "maximum", "the highest rate that was allowed passes")
+        assert failed is not None and low is not None
+        rate, step = min(low, self.plan.round(failed * (1 - 2 / 3 * self.plan.precision))), self.plan.precision / 3
+        while (yield from self._ask(rate, None, "confirm")) is not Outcome.PASS:
+            if rate <= self.plan.least:
+                raise _Stop("none", f"not even {rate:g} passes: {self.seen[-1].reason}")
+            rate, step = self._below(rate, step), 2 * step
+        return Done(rate, "found", "confirmed by its own full-length run", self.failed())
+
+    def _salvage(self, stop: _Stop) -> Steps:
+        """After a search that had to stop: the best rate confirmed so far, else one run to confirm one."""
+        rough = self.passed(full=False)
+        if self.passed() is None and rough is not None and stop.code in ("budget", "client"):
+            spent = sum(o.cost_s for o in self.seen)
+            if spent + self._cost_s(rough) <= self.plan.budget_s:
+                seen = yield Probe(rough, self.plan.full_length_s(rough), True, "confirm")
+                self.seen.append(seen)
+        return Done(self.passed(), stop.code, stop.reason, self.failed())
+
+    # Arithmetic of rates
+
+    def _between(self, low: float, high: float) -> float:
+        """The geometric middle; at least one above `low` for whole numbers that have room."""
+        middle = math.sqrt(low * high)
+        return self.plan.round(max(middle, low + 1) if self.plan.whole and high - low > 1 else middle)
+
+    def _below(self, rate: float, step: float) -> float:
+        lower = self.plan.round(rate / (1 + step))
+        return self.plan.round(rate - 1) if self.plan.whole and lower >= rate else lower
+
+    def _close(self, low: float, high: float) -> bool:
+        between = self._between(low, high)
+        return high / low <= 1 + self.plan.precision / 3 or between <= low or between >= high
