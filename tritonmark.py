@@ -98,6 +98,8 @@ def run_bench(
             }
             step(console, f"{name}" + (f" at {rate[name]:g} requests/s" if name in rate else ""))
             launched.append(launch(loadgen.cli.arguments(options), console))
+            if launched[-1].interrupted:
+                break
     return launched
 
 

@@ -87,11 +87,11 @@ def test_run_and_report_against_a_server(fake_triton, tmp_path):
 
 
 BAD = [
-    (["run", "nothing", "--target-qps", "1"], "unknown scenario"),
+    (["run", "nothing", "--target-qps", "1"], "'nothing'"),
     (["run", "server", "--target-qps", "0", "--host", "HOST", "--model", "fake"], "--target-qps is 0.0; it must be a number above 0"),
     (["run", "server", "--target-qps", "nan", "--host", "HOST", "--model", "fake"], "--target-qps is nan"),
     (["run", "single_stream", "--host", "HOST", "--model", "missing"], "missing"),
-    (["run", "single_stream", "--host", "http://127.0.0.1:9", "--model", "fake"], "refused"),
+    (["run", "single_stream", "--host", "http://127.0.0.1:9", "--model", "fake"], "nothing listens at"),
     (["run", "single_stream", "--host", "nonsense", "--model", "fake"], "http://HOST:PORT"),
     (["export", "gpt-17"], "gpt-17"),
     (["export", "phi-2-tiny", "--weights", "/nowhere"], "/nowhere"),

@@ -25,6 +25,7 @@ _LEAN = 4.0  # for intervals, which should be right where a verdict should be sa
 _FEWEST = 20  # values below which no interval is given
 _LATE_WITHOUT_LATENCIES = 10.0  # effective late queries asked for where only they can tell the dependence
 _LEAST_EFFECTIVE = 100.0  # queries: a run worth fewer tells its own v too badly
+_LEAST_FOR_INTERVAL = 30.0  # effective values: with fewer, intervals of "95 %" hold 80 to 90 %
 _BINS = 2000  # of time, for rates
 Interval = tuple[float, float]
 
@@ -54,8 +55,8 @@ def corrected_early_stopping(
 
     `over` says in due order which queries were late (failed ones are). `latencies`, in the same order and +inf for
     failures, let v be told from all queries; without them it rests on the late ones, and fewer than ten clusters of
-    these are refused. So is a run that is worth fewer than 100 independent queries. Raises ValueError on a percentile outside (0, 1) and on
-    latencies of another length.
+    these are refused. So is a run that is worth fewer than 100 independent queries. Raises ValueError on a percentile
+    outside (0, 1) and on latencies of another length.
     """
     if not 0 < percentile < 1:
         raise ValueError(f"percentile must be a fraction between 0 and 1, as 0.99, got {percentile}")
@@ -123,8 +124,8 @@ def percentile_interval(values: Float, p: float, confidence: float = 0.95) -> In
     Among m = n / v independent values, ranks l and u are taken so that a tail of (1 - confidence) / 2 is left on each
     side, then scaled to n: the classical nonparametric interval (David and Nagaraja, Order Statistics, 7.1), with real
     ranks. The high end is +inf where even the slowest value is not surely above the quantile, or where it falls among
-    failures. It always contains LoadGen's sorted[floor(n p)]. None below 20 values, or where not even the fastest is
-    surely below the quantile. Raises ValueError on p or confidence outside (0, 1).
+    failures. It always contains LoadGen's sorted[floor(n p)]. None below 20 values or 30 effective ones, or where not
+    even the fastest is surely below the quantile. Raises ValueError on p or confidence outside (0, 1).
     """
     if not (0 < p < 1 and 0 < confidence < 1):
         raise ValueError(f"p and confidence must be fractions between 0 and 1, got {p} and {confidence}")
@@ -137,7 +138,7 @@ def percentile_interval(values: Float, p: float, confidence: float = 0.95) -> In
     v = max(variance_inflation(values > ascending[i]) for i in {middle, int(n * min(p, 0.9))})
     m = n / (v * (1 + _LEAN * math.sqrt(v / n)))
     tail = (1 - confidence) / 2
-    if (1 - p) ** m > tail:
+    if m < _LEAST_FOR_INTERVAL or (1 - p) ** m > tail:
         return None
     point, scale = float(ascending[middle]), (n + 1) / (m + 1)
     low = min(_between(ascending, _rank(m, p, 1 - tail) * scale), point)
@@ -165,16 +166,16 @@ def _rank(m: float, p: float, below: float) -> float:
     return high
 
 
-def mean_interval(values: Float, confidence: float = 0.95) -> Interval | None:
+def mean_interval(values: Float, confidence: float = 0.95, least: float = _LEAST_FOR_INTERVAL) -> Interval | None:
     """Interval for the mean of finite `values` in the order of time: Student's, with n / v - 1 degrees of freedom.
 
-    None below 20 values, or where they are worth fewer than three independent ones.
+    None below 20 values, or where they are worth fewer than `least` independent ones.
     """
     if len(values) < _FEWEST:
         return None
     v = variance_inflation(values)
     m = len(values) / (v * (1 + _LEAN * math.sqrt(v / len(values))))
-    if m < 3:
+    if m < least:
         return None
     half = float(stdtrit(m - 1, (1 + confidence) / 2) * values.std() / math.sqrt(m - 1))
     return float(values.mean()) - half, float(values.mean()) + half
@@ -194,5 +195,5 @@ def rate_interval(
         return None
     index = np.clip(times_ns * stretches // window_ns, 0, stretches - 1).astype(np.int64)
     per_second = np.bincount(index, weights=amounts, minlength=stretches) * (stretches / (window_ns / 1e9))
-    interval = mean_interval(per_second, confidence)
+    interval = mean_interval(per_second, confidence, least=3.0)  # sums of many arrivals are nearly normal
     return None if interval is None else (max(0.0, interval[0]), interval[1])

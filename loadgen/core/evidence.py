@@ -22,7 +22,7 @@ from scipy.stats import binom
 from loadgen.core import early_stopping
 from loadgen.core.dependence import latency_inflation
 from loadgen.core.metrics import Summary, latency_columns, within_limits
-from loadgen.core.record import Bool, Rows
+from loadgen.core.record import Bool, Int64, Rows
 from loadgen.core.scenario import Limits, Scenario
 from loadgen.core.search import Outcome
 from loadgen.core.verdict import limited
@@ -52,11 +52,11 @@ def assess(
     over = [c for c in found if c not in SHORTNESS and not c.endswith("_limit")]
     if over:
         return Outcome.FAIL, ", ".join(over)
-    if (summary["steady_state"].get("backlog_p") or 1.0) < BACKLOG:
+    finding = _whole(rows, found, scenario, goodput) if full else _short(rows, scenario, goodput)
+    growth = summary["steady_state"].get("backlog_p")
+    if finding[0] is not Outcome.FAIL and growth is not None and growth < BACKLOG:
         return Outcome.FAIL, "the backlog grew throughout: above the server's throughput"
-    if full:
-        return _whole(rows, found, scenario, goodput)
-    return _short(rows, scenario, goodput)
+    return finding
 
 
 def _whole(rows: Rows, codes: list[str], scenario: Scenario, goodput: float | None) -> Finding:
@@ -103,7 +103,7 @@ def _proportion(name: str, late: Bool, inflation: float, share: float, ratio: fl
     return Outcome.UNSURE, text
 
 
-def _inflation(rows: Rows, order: np.ndarray, late: Bool) -> float:
+def _inflation(rows: Rows, order: Int64, late: Bool) -> float:
     latency = np.nan_to_num(latency_columns(rows)["e2e_ns"][order], nan=np.inf, posinf=np.inf)
     return latency_inflation(latency, late) if len(latency) > 3 else 1.0
 

@@ -2,15 +2,16 @@
 
 `propose(plan, history)` is a pure function: given everything that was seen it names the next probe, or the answer. A
 search that was interrupted is therefore continued by reading its history back, and what is still to come can be
-rehearsed (`remaining`). Rates may be requests/s, or whole numbers of requests in flight.
+rehearsed (`core.rehearsal`). Rates may be requests/s, or whole numbers of requests in flight.
 
     rough     short probes grow the rate by 2 until one fails, then halve that gap to 10 %. They only place the
               boundary: a probe that can't tell is repeated 4 times as long, at last as a full-length run.
     refine    full-length runs around that place, in steps of 3, 6, 12 ... % until one passes and one fails, then
-              halving, until they are a third of the precision apart. Short probes flatter or slander a server (a queue
-              needs time to grow; a schedule has bursts), so from here on only full-length runs are evidence.
-    confirm   a full-length run two thirds of the precision below the lowest rate that failed: room for a rate that
-              passed or failed by luck. If it fails, step down and confirm again.
+              halving. Short probes flatter or slander a server (a queue needs time to grow, a schedule has bursts), so
+              from here on only full-length runs are evidence. Near the boundary they pass or fail by luck as well:
+              they are repeated there until the boundary is known to the precision (`core.belief`).
+    confirm   a full-length run at the low end of where the boundary may be. If it fails, that counts as well: the
+              boundary is lower than was believed, and another run, lower, has to confirm.
 
 An answer is always a rate whose every full-length run passed, below every rate whose full-length run failed.
 
@@ -26,10 +27,14 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from loadgen.core.belief import quantiles
+
 GROWTH = 2.0
 ROUGH = 1.1  # how near short probes bring the ends of the bracket
 LENGTHEN = 4.0
 OVERHEAD_S = 8.0  # of a run, before one was seen: start, warm-up, drain, seal
+RISK = 0.01  # that the boundary lies below the answer
+SHORT = 0.05  # that it lies further above than the precision
 DIGITS = 4  # of a rate, so that it is the same number in a journal, on a command line and in a report
 
 
@@ -93,6 +98,7 @@ class Observation:
     outcome: Outcome
     cost_s: float
     reason: str = ""
+    requests: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,7 +106,7 @@ class Observation:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Observation:
         """The inverse of `to_json`; other keys are ignored. Raises KeyError or ValueError on another document."""
-        names = ("rate", "seconds", "full", "cost_s", "reason")
+        names = ("rate", "seconds", "full", "cost_s", "reason", "requests")
         return cls(**{name: data[name] for name in names}, outcome=Outcome(data["outcome"]))
 
     def answers(self, probe: Probe) -> bool:
@@ -126,7 +132,7 @@ Asking = Generator[Probe, Observation, Outcome]
 Walking = Generator[Probe, Observation, None]
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
         self.code, self.reason = code, reason
@@ -148,42 +154,7 @@ def propose(plan: Plan, history: Sequence[Observation]) -> Probe | Done:
         return done
 
 
-def remaining(plan: Plan, history: Sequence[Observation], servers: int = 16) -> tuple[float, float]:
-    """How many more seconds the search will take, from and to: it is rehearsed against made-up servers.
-
-    Their boundaries are spread evenly (in logarithm) over the rates that `history` leaves possible, and a bit beyond;
-    their runs take as much longer than asked as those seen did.
-    """
-    low, high = _possible(plan, history)
-    excess = _excess(history)
-    totals = []
-    for k in range(servers):
-        boundary = low * (high / low) ** ((k + 0.5) / servers)
-        made, total = list(history), 0.0
-        while isinstance(probe := propose(plan, made), Probe):
-            near = not probe.full and abs(math.log(probe.rate / boundary)) < plan.precision
-            outcome = Outcome.UNSURE if near else Outcome.PASS if probe.rate <= boundary else Outcome.FAIL
-            cost = probe.seconds * max(1.0, min(GROWTH, probe.rate / boundary)) + excess  # an overload has to drain
-            made.append(Observation(probe.rate, probe.seconds, probe.full, outcome, cost))
-            total += cost
-        totals.append(total)
-    totals.sort()
-    return totals[servers // 8], totals[-1 - servers // 8]
-
-
-def _possible(plan: Plan, history: Sequence[Observation]) -> tuple[float, float]:
-    passed = [o.rate for o in history if o.outcome is Outcome.PASS]
-    failed = [o.rate for o in history if o.outcome is Outcome.FAIL]
-    near = [o.rate for o in history if o.outcome is Outcome.UNSURE]
-    low = max(passed, default=min(failed, default=plan.start) / GROWTH**4)
-    high = min(failed, default=max(passed, default=plan.start) * GROWTH**4)
-    if near:
-        low, high = max(low, near[-1] / ROUGH), min(high, near[-1] * ROUGH)
-    low, high = max(min(low, high) * 0.97, plan.least), min(max(low, high) * 1.03, plan.most)
-    return min(low, high), max(low, high)
-
-
-def _excess(history: Sequence[Observation]) -> float:
+def excess_s(history: Sequence[Observation]) -> float:
     """Seconds that a run takes beyond its length: the most that one that passed took, or a guess."""
     return max((o.cost_s - o.seconds for o in history if o.outcome is Outcome.PASS), default=OVERHEAD_S)
 
@@ -214,7 +185,7 @@ class _Search:
     # One probe
 
     def _cost_s(self, rate: float, seconds: float | None = None) -> float:
-        return (seconds or self.plan.full_length_s(rate)) + _excess(self.seen)
+        return (seconds or self.plan.full_length_s(rate)) + excess_s(self.seen)
 
     def _ask(self, rate: float, seconds: float | None, purpose: str) -> Asking:
         """Asks for a probe of `seconds`, or of full length (None); again, once, when the client spoilt it."""
@@ -223,14 +194,14 @@ class _Search:
         for _ in range(2):
             reserve = 0.0 if full else self._cost_s(rate)  # a short probe must leave room for a confirmation
             if sum(o.cost_s for o in self.seen) + self._cost_s(rate, seconds) + reserve > self.plan.budget_s:
-                raise _Stop("budget", "the budget ended before the boundary was narrowed down")
+                raise _StopError("budget", "the budget ended before the boundary was narrowed down")
             seen = yield Probe(rate, length, full, purpose)
             self.seen.append(seen)
             if seen.outcome is Outcome.BROKEN:
-                raise _Stop("broken", seen.reason)
+                raise _StopError("broken", seen.reason)
             if seen.outcome is not Outcome.CLIENT:
                 return seen.outcome
-        raise _Stop("client", f"twice at {rate:g}: {seen.reason}")
+        raise _StopError("client", f"twice at {rate:g}: {seen.reason}")
 
     # The parts of a search
 
@@ -239,7 +210,7 @@ class _Search:
             yield from self._rough()
             yield from self._refine()
             return (yield from self._confirm())
-        except _Stop as stop:
+        except _StopError as stop:
             return (yield from self._salvage(stop))
 
     def _rough(self) -> Walking:
@@ -250,7 +221,7 @@ class _Search:
             low, high = self.passed(full=False), min(self._rates(Outcome.FAIL, full=False), default=None)
             if low is None and high is not None:
                 if high <= self.plan.least:
-                    raise _Stop("none", f"not even {high:g} passes: {self.seen[-1].reason}")
+                    raise _StopError("none", f"not even {high:g} passes: {self.seen[-1].reason}")
                 rate = self.plan.round(high / GROWTH)
             elif low is not None and high is None:
                 if low >= self.plan.most:
@@ -273,13 +244,13 @@ class _Search:
                 return
 
     def _refine(self) -> Walking:
-        """Full-length runs, until one that passed and one that failed are a third of the precision apart."""
+        """Full-length runs, until one that passed and one that failed are no further apart than the precision."""
         step = self.plan.precision
         rate = self.near or self.passed(full=False) or self.plan.start
         while self.passed() is None:
             if (failed := self.failed()) is not None:
                 if failed <= self.plan.least:
-                    raise _Stop("none", f"not even {failed:g} passes: {self.seen[-1].reason}")
+                    raise _StopError("none", f"not even {failed:g} passes: {self.seen[-1].reason}")
                 rate, step = self._below(min(failed, rate), step), 2 * step
             yield from self._ask(rate, None, "refine")
         step = self.plan.precision
@@ -296,19 +267,28 @@ class _Search:
             yield from self._ask(rate, None, "refine")
 
     def _confirm(self) -> Steps:
-        """A run at the answer; lower and lower until it passes."""
-        failed, low = self.failed(), self.passed()
-        if failed is None and low is not None:
-            return Done(low, "maximum", "the highest rate that was allowed passes")
-        assert failed is not None and low is not None
-        rate, step = min(low, self.plan.round(failed * (1 - 2 / 3 * self.plan.precision))), self.plan.precision / 3
-        while (yield from self._ask(rate, None, "confirm")) is not Outcome.PASS:
-            if rate <= self.plan.least:
-                raise _Stop("none", f"not even {rate:g} passes: {self.seen[-1].reason}")
-            rate, step = self._below(rate, step), 2 * step
-        return Done(rate, "found", "confirmed by its own full-length run", self.failed())
+        """Runs at the middle of what the boundary may be, until it is known well enough; then one at the answer."""
+        if (failed := self.failed()) is None:
+            return Done(self.passed(), "maximum", "the highest rate that was allowed passes")
+        while True:
+            low, middle, high = self._boundary()
+            answer = min(self.plan.round(low), self._under(failed))
+            if high / answer <= 1 + self.plan.precision or self.plan.round(middle) <= answer:
+                if (yield from self._ask(answer, None, "confirm")) is Outcome.PASS:
+                    return Done(answer, "found", "confirmed by its own full-length run", failed)
+                if answer <= self.plan.least:
+                    raise _StopError("none", f"not even {answer:g} passes: {self.seen[-1].reason}")
+            else:
+                yield from self._ask(self.plan.round(middle), None, "refine")
+            failed = self.failed() or failed
 
-    def _salvage(self, stop: _Stop) -> Steps:
+    def _boundary(self) -> list[float]:
+        """Low, middle and high estimate of the boundary, from the full-length runs."""
+        runs = [o for o in self.seen if o.full and o.outcome in (Outcome.PASS, Outcome.FAIL)]
+        requests = sum(o.requests for o in runs) / len(runs)
+        return quantiles([(o.rate, o.outcome is Outcome.PASS) for o in runs], requests, (RISK, 0.5, 1 - SHORT))
+
+    def _salvage(self, stop: _StopError) -> Steps:
         """After a search that had to stop: the best rate confirmed so far, else one run to confirm one."""
         rough = self.passed(full=False)
         if self.passed() is None and rough is not None and stop.code in ("budget", "client"):
@@ -329,6 +309,10 @@ class _Search:
         lower = self.plan.round(rate / (1 + step))
         return self.plan.round(rate - 1) if self.plan.whole and lower >= rate else lower
 
+    def _under(self, failed: float) -> float:
+        """The highest rate below one that failed."""
+        return self.plan.round(failed - 1 if self.plan.whole else failed * (1 - 10.0 ** (1 - DIGITS)))
+
     def _close(self, low: float, high: float) -> bool:
         between = self._between(low, high)
-        return high / low <= 1 + self.plan.precision / 3 or between <= low or between >= high
+        return high / low <= 1 + self.plan.precision or between <= low or between >= high

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,10 +31,11 @@ LOCUST_FILES = Path(__file__).parents[1]
 
 @dataclass
 class Launched:
-    """How a load process ended: its exit code (0 VALID, 3 INVALID) and the run it sealed."""
+    """How a load process ended: its exit code (0 VALID, 3 INVALID), the run it sealed, and whether by Ctrl-C."""
 
     exit_code: int
     run: store.Run
+    interrupted: bool = False
 
 
 def launch(arguments: list[str], console: Console, locust_file: str = "llm.py") -> Launched:
@@ -51,10 +53,12 @@ def launch(arguments: list[str], console: Console, locust_file: str = "llm.py") 
         )  # fmt: skip
         os.close(send)
         seen: dict[str, Any] = {}
-        with os.fdopen(receive) as lines, _interrupts_go_to(process):
+        with os.fdopen(receive) as lines, _interrupts_go_to(process) as interrupts:
             watch(_remember(lines, seen), console)
             code = process.wait()
-        return _result(code, seen.get("folder"), log)
+        launched = _result(code, seen.get("folder"), log)
+        launched.interrupted = bool(interrupts)
+        return launched
 
 
 def _remember(lines: IO[str], seen: dict[str, Any]) -> Iterator[str]:
@@ -66,16 +70,21 @@ def _remember(lines: IO[str], seen: dict[str, Any]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _interrupts_go_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While inside, Ctrl-C and SIGTERM end the load process, which seals; this process waits for it."""
+def _interrupts_go_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """While inside, Ctrl-C and SIGTERM end the load process, which seals; this process waits for it.
 
-    def forward(_number: int, _frame: Any) -> None:
-        if process.poll() is None:
+    Gives the list of the signals that came.
+    """
+    came: list[int] = []
+
+    def forward(number: int, _frame: Any) -> None:
+        came.append(number)
+        if len(came) == 1 and process.poll() is None:
             process.send_signal(signal.SIGINT)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -84,7 +93,7 @@ def _interrupts_go_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def _result(code: int, folder: str | None, log: IO[str]) -> Launched:
     log.seek(0)
     text = log.read()
-    errors = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    errors = re.findall(r"^(?:\S+: )?error: (.*)$", text, re.M)  # ours, and argparse's "locust: error: ..."
     if code == 2 and errors:
         raise UserError(errors[-1])
     if folder is None:

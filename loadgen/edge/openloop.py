@@ -55,9 +55,8 @@ class IdleUser(User):
 @events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser, **_: Any) -> None:
     """The options of `locust -f loadgen/llm.py`; they appear in the web UI as well."""
-    group = parser.add_argument_group("Tritonmark")
-    for option in OPTIONS:
-        group.add_argument(
+    for option in OPTIONS:  # not in a group of their own: Locust would leave those out of the web UI
+        parser.add_argument(
             option.flag, type=option.type, default=option.default, choices=option.choices, help=option.help
         )
 

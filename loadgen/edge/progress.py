@@ -30,7 +30,7 @@ def watch(lines: Iterable[str], console: Console) -> None:
         last = 0.0
         for state in _states(lines):
             if time.monotonic() - last >= PLAIN_EVERY_S:
-                console.print(plain(state), highlight=False, markup=False)
+                console.print(plain(state), highlight=False, markup=False, soft_wrap=True)
                 last = time.monotonic()
 
 

@@ -2,7 +2,7 @@
 
 Adding words to a text rarely adds their token counts: a byte-pair encoder merges over seams, a special token may be put
 in front. So each text is drawn from words whose cost was measured in context, encoded as the server will encode it, and
-drawn again until the count is exact. The body depends on seed and sample alone; the salt on key and sample too.
+mended at its end until the count is exact. The body depends on seed and sample alone; the salt on key and sample too.
 
     texts = salted(tokenizer, bodies(tokenizer, [128, 64], seed=0), [128, 64], key="run 7")
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +23,10 @@ import numpy as np
 
 from loadgen.edge.errors import UserError
 
-SALT_TOKENS = 6
+SALT_WORDS = 4  # of about a thousand: 40 bits
 BLOCK_TOKENS = 16  # what vLLM's prefix cache hashes at once; prompts must differ within it
-ATTEMPTS = 200  # a text; then the tokenizer can't spell that length
+ATTEMPTS = 100  # a text; then the tokenizer can't spell that length
+REDRAW_AFTER = 20  # mending a text more often than this leads nowhere
 ENCODE_AT_ONCE = 256
 _ANCHOR = "a"
 
@@ -65,6 +67,9 @@ class Words:
         self.first = self._affordable(words, [len(ids) - special for ids in encode(tokenizer, words)])
         behind = encode(tokenizer, [f"{_ANCHOR} {word}" for word in words])
         self.after = self._affordable(words, [len(ids) - anchor for ids in behind])
+        self._price = dict(zip(self.after[0].tolist(), self.after[1].tolist(), strict=True))
+        # A few tokens where a word is one or two; more where words are spelt out, but always less than a block.
+        self.salt = min(BLOCK_TOKENS - 1, SALT_WORDS * int(np.median(self.after[1])))
 
     @staticmethod
     def _affordable(words: Sequence[str], costs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +79,7 @@ class Words:
         order = order[array[order] > 0]
         return np.asarray(words, dtype=object)[order], array[order]
 
-    def fill(self, tokens: int, rng: np.random.RandomState, start: bool) -> str | None:
+    def fill(self, tokens: int, rng: random.Random, start: bool) -> str | None:
         """Words that cost `tokens` by the measured prices; None when the draw ended in a remainder nobody costs."""
         picked: list[str] = []
         while tokens > 0:
@@ -84,10 +89,18 @@ class Words:
                 return None
             # Many at once while anything fits, then one by one.
             many = 1 if start and not picked else max(1, tokens // int(costs[-1]))
-            for at in rng.randint(0, fitting, size=many):
+            for at in [int(rng.random() * fitting) for _ in range(many)]:
                 picked.append(words[at])
                 tokens -= int(costs[at])
         return " ".join(picked) if tokens == 0 else None
+
+    def mend(self, text: str, over: int, rng: random.Random) -> str | None:
+        """`text` with words taken off its end, or added, so that by the measured prices it loses `over` tokens."""
+        words = text.split()
+        while over > 0 and words:
+            over -= self._price.get(words.pop(), 1)
+        more = self.fill(-over, rng, start=False)
+        return None if more is None else " ".join([*words, more] if more else words)
 
 
 @lru_cache(maxsize=4)
@@ -109,12 +122,22 @@ def bodies(tokenizer: Any, words: tuple[str, ...], lengths: Sequence[int], seed:
     prices = measured(tokenizer, words)
     (anchor,) = encode(tokenizer, [_ANCHOR])
     wanted = [int(length) - prices.special - _salt_tokens(int(length), prices) for length in lengths]
+    drafts: dict[int, str] = {}
+    over: dict[int, int] = {}
 
     def make(index: int, attempt: int) -> str | None:
-        return prices.fill(wanted[index], _stream("body", seed, index, attempt), start=False)
+        rng = _stream("body", seed, index, attempt)
+        if index not in over or attempt % REDRAW_AFTER == 0:
+            draft = prices.fill(wanted[index], rng, start=False)
+        else:
+            draft = prices.mend(drafts[index], over[index], rng)
+        if draft is not None:
+            drafts[index] = draft
+        return draft
 
     def exact(index: int, ids: list[int]) -> bool:
-        return len(ids) == len(anchor) + wanted[index]
+        over[index] = len(ids) - len(anchor) - wanted[index]
+        return over[index] == 0
 
     return _until_exact(tokenizer, lengths, make, lambda _, body: f"{_ANCHOR} {body}" if body else _ANCHOR, exact)
 
@@ -172,10 +195,9 @@ def _salt_tokens(length: int, prices: Words) -> int:
         raise UserError(
             f"--input-tokens asks for a prompt of {length} tokens, but the tokenizer adds {prices.special} of its own"
         )
-    return min(SALT_TOKENS, room)
+    return min(prices.salt, room)
 
 
-def _stream(*parts: object) -> np.random.RandomState:
-    """A random stream of its own for these parts; numpy's frozen one, so that every version draws the same."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
-    return np.random.RandomState(np.frombuffer(digest, dtype=np.uint32))
+def _stream(*parts: object) -> random.Random:
+    """A random stream of its own for these parts. Only its `random()` is used, which all Python versions keep equal."""
+    return random.Random(int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()))

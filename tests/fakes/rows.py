@@ -8,8 +8,8 @@ from loadgen.core.record import NEVER, Rows
 
 
 def make_rows(specs: list[dict[str, Any]]) -> Rows:
-    """`due`, `sent`, `chunks` (arrival times), `tokens` (in each), `done`, `outcome`, `query`, `phase`, `usage`, `asked`,
-    `asked_in`."""
+    """`due`, `sent`, `chunks` (arrival times), `tokens` (in each), `done`, `outcome`, `query`, `phase`, `usage`,
+    `asked`, `asked_in`."""
 
     def column(name: str, default: Any) -> np.ndarray:
         values = [default(i, s) if callable(default) else s.get(name, default) for i, s in enumerate(specs)]

@@ -3,6 +3,7 @@
 `document["synthetic"]` is True in each, so that no one takes one for a measurement.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def simulate(
 ) -> store.Run:  # fmt: skip
     """A run of `count` requests (default: all that the scenario wants), the first `failed` of them refused."""
     rng = np.random.default_rng(seed)
+    scenario = replace(scenario, library_size=library)
     due = due_times(scenario)
     n = len(due) if count is None else count
     first = (ttft_ms * MS * rng.uniform(0.8, 1.0, n)).astype(np.int64)

@@ -1,0 +1,48 @@
+"""How long a search will still take: it is rehearsed against made-up servers that agree with everything seen so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from loadgen.core.search import GROWTH, ROUGH, Observation, Outcome, Plan, Probe, excess_s, propose
+
+
+def remaining(plan: Plan, history: Sequence[Observation], servers: int = 16) -> tuple[float, float]:
+    """How many more seconds the search will take, from and to: three quarters of the made-up servers lie between.
+
+    Their boundaries are spread evenly (in logarithm) over the rates that `history` leaves possible, and a bit beyond;
+    their runs take as much longer than asked as those seen did.
+    """
+    low, high = _possible(plan, history)
+    excess = excess_s(history)
+    per_s = max((o.requests / o.seconds / o.rate for o in history), default=1.0)
+
+    def requests(probe: Probe) -> int:
+        return round(per_s * probe.rate * probe.seconds)
+
+    totals = []
+    for k in range(servers):
+        boundary = low * (high / low) ** ((k + 0.5) / servers)
+        made, total = list(history), 0.0
+        while isinstance(probe := propose(plan, made), Probe):
+            near = not probe.full and abs(math.log(probe.rate / boundary)) < plan.precision
+            outcome = Outcome.UNSURE if near else Outcome.PASS if probe.rate <= boundary else Outcome.FAIL
+            cost = probe.seconds * max(1.0, min(GROWTH, probe.rate / boundary)) + excess  # an overload has to drain
+            made.append(Observation(probe.rate, probe.seconds, probe.full, outcome, cost, "", requests(probe)))
+            total += cost
+        totals.append(total)
+    totals.sort()
+    return totals[servers // 8], totals[-1 - servers // 8]
+
+
+def _possible(plan: Plan, history: Sequence[Observation]) -> tuple[float, float]:
+    passed = [o.rate for o in history if o.outcome is Outcome.PASS]
+    failed = [o.rate for o in history if o.outcome is Outcome.FAIL]
+    near = [o.rate for o in history if o.outcome is Outcome.UNSURE]
+    low = max(passed, default=min(failed, default=plan.start) / GROWTH**4)
+    high = min(failed, default=max(passed, default=plan.start) * GROWTH**4)
+    if near:
+        low, high = max(low, near[-1] / ROUGH), min(high, near[-1] * ROUGH)
+    low, high = max(min(low, high) * 0.97, plan.least), min(max(low, high) * 1.03, plan.most)
+    return min(low, high), max(low, high)
