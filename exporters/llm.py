@@ -28,10 +28,12 @@ INPUTS = (
     Tensor("top_p", "TYPE_FP32", optional=True),
     Tensor("seed", "TYPE_UINT64", optional=True),
     Tensor("stream", "TYPE_BOOL", optional=True),
+    Tensor("return_token_ids", "TYPE_BOOL", optional=True),
 )
 OUTPUTS = (
     Tensor("text_output", "TYPE_STRING"),
     Tensor("num_output_tokens", "TYPE_INT32"),
+    Tensor("output_ids", "TYPE_INT32", (-1,)),
     Tensor("finish_reason", "TYPE_STRING"),
     Tensor("num_input_tokens", "TYPE_INT32"),
     Tensor("total_output_tokens", "TYPE_INT32"),

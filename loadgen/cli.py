@@ -9,9 +9,12 @@ import click
 from rich.console import Console
 
 from loadgen.edge import report
+from loadgen.edge.check_cli import check
 from loadgen.edge.launch import launch
 from loadgen.edge.options import OPTIONS, Option
 from loadgen.edge.report_cli import report as report_command
+from loadgen.edge.search_cli import search, sweep
+from loadgen.edge.submission import submission
 
 
 @click.group()
@@ -58,4 +61,5 @@ def arguments(options: dict[str, Any]) -> list[str]:
             for text in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
 
 
-cli.add_command(report_command)
+for command in (report_command, check, submission, search, sweep):
+    cli.add_command(command)

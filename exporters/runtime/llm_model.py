@@ -5,10 +5,10 @@ from. Three threads share the work: Triton calls `execute`, which only checks an
 transformers computes; `_deliver` sends what it made. A fourth, `_watch`, sleeps while no request is open.
 
 Inputs (tensors or request parameters of the same name): text_input, max_tokens, min_tokens, ignore_eos, temperature,
-top_k, top_p, seed, stream. Outputs: text_output (what is new since the last response) and num_output_tokens (tokens in
-this one); on the last response also finish_reason (length, stop, cancelled), num_input_tokens and
-total_output_tokens. A response may carry several tokens: count num_output_tokens, never responses. An end token counts
-as a token and adds no text.
+top_k, top_p, seed, stream, return_token_ids. Outputs: text_output (what is new since the last response) and
+num_output_tokens (tokens in this one); with return_token_ids also output_ids, where there are any; on the last response
+also finish_reason (length, stop, cancelled), num_input_tokens and total_output_tokens. A response may carry several
+tokens: count num_output_tokens, never responses. An end token counts as a token and adds no text.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ METRICS = (
 class OpenRequest:
     """One request between its arrival and its final response."""
 
-    __slots__ = ("prompt_tokens", "sender", "sent_tokens", "text")
+    __slots__ = ("prompt_tokens", "return_ids", "sender", "sent_tokens", "text")
 
-    def __init__(self, sender, tokenizer, prompt_tokens: int) -> None:
+    def __init__(self, sender, tokenizer, prompt_tokens: int, return_ids: bool) -> None:
         self.sender = sender
         self.text = TextStream(tokenizer)
         self.prompt_tokens = prompt_tokens
+        self.return_ids = return_ids
         self.sent_tokens = 0
 
 
@@ -119,7 +120,7 @@ class TritonPythonModel:
         with self._lock:
             if self._stopping or failure:
                 return _refuse(sender, failure or "the model is being unloaded", pb_utils.TritonError.UNAVAILABLE)
-            self._open[request_id] = OpenRequest(sender, self.tokenizer, len(ids))
+            self._open[request_id] = OpenRequest(sender, self.tokenizer, len(ids), prompt.return_token_ids)
             self._tally["tokens_in"] += len(ids)
         self._busy.set()
         if not self.engine.submit(request_id, ids, prompt):
@@ -159,6 +160,8 @@ class TritonPythonModel:
         entry.sent_tokens = total
         self._tally["tokens_out"] += len(fresh)
         tensors = [_text("text_output", entry.text.push(fresh, finished)), _number("num_output_tokens", len(fresh))]
+        if entry.return_ids and fresh:
+            tensors.append(pb_utils.Tensor("output_ids", np.array(fresh, dtype=np.int32)))
         if finished:
             reason = "stop" if output.generated_tokens[-1] in self.engine.end_ids else "length"
             tensors += _ending(reason, entry.prompt_tokens, total)

@@ -19,10 +19,11 @@ DEFAULTS: dict[str, Any] = {
     "top_p": 1.0,  # 1 is off
     "seed": None,
     "stream": False,
+    "return_token_ids": False,
 }
 _KINDS: dict[str, type] = {
     "max_tokens": int, "min_tokens": int, "ignore_eos": bool, "temperature": float,
-    "top_k": int, "top_p": float, "seed": int, "stream": bool,
+    "top_k": int, "top_p": float, "seed": int, "stream": bool, "return_token_ids": bool,
 }  # fmt: skip
 
 
@@ -43,6 +44,7 @@ class Prompt:
     top_p: float
     seed: int | None
     stream: bool
+    return_token_ids: bool
 
     @property
     def greedy(self) -> bool:

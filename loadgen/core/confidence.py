@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import betainc, stdtrit
 
-from loadgen.core.dependence import Float, latency_inflation, variance_inflation
+from loadgen.core.dependence import Float, latency_inflation, ranks, variance_inflation
 from loadgen.core.early_stopping import CONFIDENCE
 from loadgen.core.record import Bool, Int64
 
@@ -25,7 +25,7 @@ _LEAN = 4.0  # for intervals, which should be right where a verdict should be sa
 _FEWEST = 20  # values below which no interval is given
 _LATE_WITHOUT_LATENCIES = 10.0  # effective late queries asked for where only they can tell the dependence
 _LEAST_EFFECTIVE = 100.0  # queries: a run worth fewer tells its own v too badly
-_LEAST_FOR_INTERVAL = 30.0  # effective values: with fewer, intervals of "95 %" hold 80 to 90 %
+_LEAST_FOR_INTERVAL = 50.0  # effective values, by the most dependent of several series: v can't be told from fewer
 _BINS = 2000  # of time, for rates
 Interval = tuple[float, float]
 
@@ -124,8 +124,8 @@ def percentile_interval(values: Float, p: float, confidence: float = 0.95) -> In
     Among m = n / v independent values, ranks l and u are taken so that a tail of (1 - confidence) / 2 is left on each
     side, then scaled to n: the classical nonparametric interval (David and Nagaraja, Order Statistics, 7.1), with real
     ranks. The high end is +inf where even the slowest value is not surely above the quantile, or where it falls among
-    failures. It always contains LoadGen's sorted[floor(n p)]. None below 20 values or 30 effective ones, or where not
-    even the fastest is surely below the quantile. Raises ValueError on p or confidence outside (0, 1).
+    failures. It always contains LoadGen's sorted[floor(n p)]. None where the values, at p50, p90 or p, are worth fewer
+    than 50 independent ones, or where not even the fastest is surely below the quantile. Raises ValueError on p or confidence outside (0, 1).
     """
     if not (0 < p < 1 and 0 < confidence < 1):
         raise ValueError(f"p and confidence must be fractions between 0 and 1, got {p} and {confidence}")
@@ -136,9 +136,10 @@ def percentile_interval(values: Float, p: float, confidence: float = 0.95) -> In
     middle = int(n * p)
     # Few values lie above a high quantile, too few to show how they cluster: the slowest tenth must vouch for them.
     v = max(variance_inflation(values > ascending[i]) for i in {middle, int(n * min(p, 0.9))})
+    worst = max(v, *(variance_inflation(values > ascending[n * part // 10]) for part in (5, 9)))
     m = n / (v * (1 + _LEAN * math.sqrt(v / n)))
     tail = (1 - confidence) / 2
-    if m < _LEAST_FOR_INTERVAL or (1 - p) ** m > tail:
+    if n < _LEAST_FOR_INTERVAL * worst or (1 - p) ** m > tail:
         return None
     point, scale = float(ascending[middle]), (n + 1) / (m + 1)
     low = min(_between(ascending, _rank(m, p, 1 - tail) * scale), point)
@@ -175,7 +176,7 @@ def mean_interval(values: Float, confidence: float = 0.95, least: float = _LEAST
         return None
     v = variance_inflation(values)
     m = len(values) / (v * (1 + _LEAN * math.sqrt(v / len(values))))
-    if m < least:
+    if len(values) < least * max(v, variance_inflation(ranks(values))) or m < 3:
         return None
     half = float(stdtrit(m - 1, (1 + confidence) / 2) * values.std() / math.sqrt(m - 1))
     return float(values.mean()) - half, float(values.mean()) + half

@@ -34,6 +34,7 @@ from loadgen.edge import hardware, scenarios
 from loadgen.edge.clients.triton_http import probe
 from loadgen.edge.conductor import Conductor
 from loadgen.edge.errors import UserError
+from loadgen.edge.mlperf_log import write_logs
 from loadgen.edge.options import OPTIONS, PROGRESS_FD
 from loadgen.edge.samples import PromptLibrary
 from loadgen.edge.worker import LoadWorker
@@ -222,6 +223,10 @@ class Control:
     def publish(self) -> int:
         """Tells where the run is and what it came to; returns the exit code: 0 VALID, 3 INVALID."""
         run = self.conductor.run
+        try:
+            write_logs(run)
+        except OSError as error:  # they can be written again from the sealed run; the verdict stands
+            log.warning("LoadGen's files were not written: %s", error)
         self.progress({"phase": "sealed", "folder": str(run.folder), "headline": run.document["verdict"]["headline"]})
         if self.progress_file is None:
             from loadgen.edge import report  # imported late: the load process must stay small while it measures

@@ -72,10 +72,7 @@ def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str
     data, bound = _toml(f"scenarios/{name}.toml"), binding(model)
     benchmark = _benchmark(str(over.get("benchmark") or bound.get(name) or bound["benchmark"]), rules)
     kind = Kind(data["kind"])
-    mlperf = _minimums(data["mlperf"])
-    if kind is Kind.OFFLINE:
-        mlperf = replace(mlperf, queries=benchmarks()[benchmark]["library"])
-    minimums = mlperf if preset == "mlperf" else _minimums(data["presets"][preset])
+    mlperf = _minimums(data["mlperf"], kind, benchmark)
     scenario = Scenario(
         name=name,
         kind=kind,
@@ -84,11 +81,7 @@ def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str
         benchmark=benchmark,
         percentile=data["percentile"],
         limits=_limits(name, benchmark, rules, bool(data.get("limits_required")), over),
-        minimums=Minimums(
-            round(positive(over, "duration_s", minimums.duration_ns / 1e9) * 1e9),
-            whole(over, "min_queries", minimums.queries, least=0),
-            minimums.early_stopping,
-        ),
+        minimums=_overridden(mlperf if preset == "mlperf" else _minimums(data["presets"][preset]), over),
         mlperf=mlperf,
         seeds=_seeds(rules, over),
         target_qps=positive(over, "target_qps") if over.get("target_qps") is not None else None,
@@ -139,8 +132,15 @@ def _benchmark(name: str, rules: str) -> str:
     return name
 
 
-def _minimums(data: Mapping[str, Any]) -> Minimums:
-    return Minimums(round(data["duration_s"] * 1e9), data.get("queries", 0), data.get("early_stopping", False))
+def _minimums(data: Mapping[str, Any], kind: Kind | None = None, benchmark: str = "") -> Minimums:
+    """As the scenario's file has them; Offline's samples under MLPerf's rules are the benchmark's whole library."""
+    queries = benchmarks()[benchmark]["library"] if kind is Kind.OFFLINE else data.get("queries", 0)
+    return Minimums(round(data["duration_s"] * 1e9), queries, data.get("early_stopping", False))
+
+
+def _overridden(minimums: Minimums, over: Mapping[str, Any]) -> Minimums:
+    duration_ns = round(positive(over, "duration_s", minimums.duration_ns / 1e9) * 1e9)
+    return Minimums(duration_ns, whole(over, "min_queries", minimums.queries, least=0), minimums.early_stopping)
 
 
 def _limits(name: str, benchmark: str, rules: str, required: bool, over: Mapping[str, Any]) -> Limits:

@@ -25,6 +25,7 @@ from loadgen.core.record import Int64, Outcome, Phase, Record
 from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
 from loadgen.core.verdict import WorkerAudit
 from loadgen.edge.clients.triton_http import TritonHttp
+from loadgen.edge.errors import UserError
 from loadgen.edge.samples import PromptLibrary, sample_indices, sample_stream
 from loadgen.edge.store import pack
 
@@ -89,6 +90,9 @@ class LoadWorker:
             plan["host"], plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock, kernel_stamps=True
         )
         self.library = PromptLibrary(self.scenario.prompts, self.scenario, plan["tag"])
+        if len(self.library) != self.scenario.library_size:
+            raise UserError(f"load worker {self.index} finds {len(self.library)} prompts, the conductor "
+                            f"{self.scenario.library_size}: give all hosts the same --prompts file")  # fmt: skip
         self.tag, self.send, self.fire = plan["tag"], send, fire
         self.go: AsyncResult = AsyncResult()
         cap = max(1, self.scenario.max_in_flight // self.workers) if self.scenario.kind.open_loop else None

@@ -84,6 +84,7 @@ def test_a_cut_character_is_replaced_at_the_end(runtime, tokenizer):
         ({**FULL, "top_k": 5}, "need a temperature"),
         ({**FULL, "seed": -1}, "seed"),
         ({**FULL, "stream": 1}, "must be of type bool"),
+        ({**FULL, "return_token_ids": "yes"}, "must be of type bool"),
     ],
 )
 def test_bad_requests(runtime, fields, message):

@@ -70,6 +70,22 @@ def test_greedy_equals_generate(ask, repository):
 
 
 @pytest.mark.live
+def test_token_ids_come_when_asked_for(ask, repository):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(repository / "phi-2-tiny/1/weights/tokenizer.json"))
+    order = {"text_input": "Latency is", "max_tokens": 24, "ignore_eos": True}
+    (whole,) = ask("generate", **order, return_token_ids=True)
+    assert tokenizer.decode(whole["output_ids"]) == whole["text_output"]
+    assert len(whole["output_ids"]) == 24
+    pieces = ask(**order, stream=True, return_token_ids=True)
+    ids = [r.get("output_ids", []) for r in pieces]
+    joined = [i for part in ids for i in (part if isinstance(part, list) else [part])]  # Triton unwraps a single one
+    assert joined == whole["output_ids"]
+    assert all("output_ids" not in r for r in ask(**order, stream=True))
+
+
+@pytest.mark.live
 def test_unicode(ask):
     responses = ask(text_input="Zürich 🙂 日本", max_tokens=40, temperature=3.0, seed=1, ignore_eos=True, stream=True)
     (whole,) = ask("generate", text_input="Zürich 🙂 日本", max_tokens=40, temperature=3.0, seed=1, ignore_eos=True)

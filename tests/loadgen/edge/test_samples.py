@@ -1,7 +1,6 @@
 """The prompt library: every file format and its faults, exact token lengths, salt."""
 
 import json
-from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -235,5 +234,5 @@ def test_a_prompt_that_the_server_counts_otherwise_is_a_reason():
     for asked, expected in ((40, 0), (41, 1), (None, 0)):
         rows = make_rows([row if asked is None else row | {"asked_in": asked}])
         summary, rows = summarise([rows], scenario)
-        verdict = judge(summary, rows, replace(scenario), Audit((), 1, 1, 1, 1.0))
+        verdict = judge(summary, rows, scenario, Audit((), 1, 1, 1, 1.0))
         assert [r.code for r in verdict.reasons].count("input_length") == expected

@@ -1,6 +1,9 @@
 """Scenario files and overrides: what they resolve to, and what they refuse."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,7 +166,7 @@ def test_equal_issue_is_mlperfs_for_language_models_and_the_users_choice_elsewhe
 
     assert {order(name, "mlperf") for name in ("server", "interactive", "offline", "single_stream")} == {"equal-issue"}
     assert {order(name, "mlperf") for name in ("multi_stream", "concurrency")} == {"uniform"}
-    assert {order(name, "smoke") for name in scenarios.names() if name != "accuracy"} == {"uniform"}
+    assert {order(name, "smoke") for name in scenarios.names()} == {"uniform"}
     assert order("offline", "mlperf", "cogvideox-5b") == "uniform"
     assert order("server", "smoke", sample_order="equal-issue") == "equal-issue"
     assert order("server", "mlperf", sample_order="uniform") == "uniform"
@@ -210,3 +213,37 @@ def test_lengths_follow_their_spec():
         assert values.min() >= 1 and values.max() <= maximum
     assert drawn("dist:llama2-70b", "input").max() <= 1024
     assert drawn("uniform:8-16").tolist() == drawn("uniform:8-16").tolist()
+
+
+PARITY = [
+    (name, order, qps, rules)
+    for name, qps in (("server", 80), ("offline", 130), ("single_stream", 40))
+    for order in ("uniform", "equal-issue")
+    for rules in scenarios.RULES
+]
+
+
+def test_resolved_scenarios_send_what_the_real_loadgen_sends(tmp_path):
+    """Due times, counts and samples of whole scenarios, minimums and rounds included, from LoadGen's own trace."""
+    pytest.importorskip("mlperf_loadgen", reason="the real LoadGen (pip install mlcommons-loadgen) is not installed")
+    library, resolved, cases = 60, [], []
+    for name, order, qps, rules in PARITY:
+        over = {"target_qps": qps, "duration_s": 1, "sample_order": order, "rules": rules, "min_queries": 100}
+        scenario = scenarios.sized(scenarios.resolve(name, "phi-2", "mlperf", over), library)
+        resolved.append(scenario)
+        cases.append({
+            "scenario": scenario.kind.value, "target_qps": qps, "expected_latency_ns": round(1e9 / qps),
+            "min_duration_ms": 1000, "min_queries": 100, "total": library, "equal_issue": order == "equal-issue",
+            "seeds": [scenario.seeds.qsl, scenario.seeds.sample, scenario.seeds.schedule],
+        })  # fmt: skip
+    driver = Path(__file__).parents[2] / "fakes" / "loadgen_run.py"
+    done = subprocess.run([sys.executable, str(driver), "-", str(tmp_path)], input=json.dumps(cases), text=True,
+                          capture_output=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for scenario, answer in zip(resolved, json.loads(done.stdout), strict=True):
+        seen = sorted(answer["samples"], key=lambda sample: sample["seq"])
+        if scenario.kind is not Kind.SINGLE_STREAM:
+            assert [s["due_ns"] for s in seen] == due_times(scenario).tolist()
+        assert [s["sample"] for s in seen] == sample_indices(scenario, library, len(seen)).tolist()
+        if scenario.kind is Kind.SINGLE_STREAM:
+            assert answer["detail"]["effective_min_query_count"] == scenario.minimums.queries

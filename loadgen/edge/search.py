@@ -1,0 +1,220 @@
+"""Searches on a real server: every probe is a sealed run, and a journal lets an interrupted search go on.
+
+The journal is `<results>/search-<key>.json`; the key is a hash of all that decides what a probe means (scenario with
+its overrides, model, server, precision, probe time), so the same command finds it again. It is replaced as a whole
+after each probe. What to try next follows from it alone (`core.search`), so a resumed search makes the probes that an
+uninterrupted one would have made. The budget isn't part of the key: more of it continues the same search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from loadgen.core.evidence import assess
+from loadgen.core.metrics import concatenate, without_chunks
+from loadgen.core.rehearsal import remaining
+from loadgen.core.scenario import Kind, Scenario
+from loadgen.core.search import Done, Observation, Outcome, Plan, Probe, propose
+from loadgen.edge import launch as launching
+from loadgen.edge.errors import UserError
+from loadgen.edge.store import Run, write_json
+
+Launch = Callable[[list[str], Console], launching.Launched]
+STOPPED = "stopped by the user"  # how the load process words a Ctrl-C in audit.ended
+CALIBRATION = {"scenario": "concurrency", "concurrency": 16, "preset": "smoke", "warmup": 16, "run_time": "4s",
+               "target_qps": None, "min_queries": None, "sample_order": None}  # fmt: skip
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user wanted it
+    """Ctrl-C: the probe was cut and does not count; the journal has everything before it."""
+
+
+@dataclass
+class Journal:
+    """Entries of one search or sweep, on disk after each `append`. `facts` is what makes it this one and no other."""
+
+    path: Path
+    facts: dict[str, Any]
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, kind: str, results: Path, facts: dict[str, Any], restart: bool = False) -> Journal:
+        """The journal of these facts, with what it holds; empty where there is none. `restart` moves the old aside."""
+        text = json.dumps(facts, sort_keys=True, default=str)
+        path = results / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+        journal = cls(path, json.loads(text))
+        if restart and path.exists():
+            aside = (path.with_suffix(f".{n}.old") for n in range(1, 10_000))
+            path.rename(next(p for p in aside if not p.exists()))
+        if path.exists():
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+                journal.entries, journal.notes = document["entries"], document["notes"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error}); --restart begins anew") from error
+        return journal
+
+    def append(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+        self.save()
+
+    def save(self) -> None:
+        """Replaces the file as a whole. Raises UserError where it cannot be written."""
+        document = {"facts": self.facts, "notes": self.notes, "entries": self.entries}
+        partial = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(partial, document)
+            partial.replace(self.path)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; choose another --results") from error
+
+
+@dataclass
+class Prober:
+    """Makes runs: `options` are those of `tritonmark run`, `extra` goes to Locust as it is."""
+
+    options: dict[str, Any]
+    extra: tuple[str, ...]
+    console: Console
+    launch: Launch = launching.launch
+
+    def run(self, changes: dict[str, Any], limit_s: float | None = None) -> tuple[Run, float, bool]:
+        """A sealed run with `changes` to the options, its cost in seconds, and whether `limit_s` cut it.
+
+        Raises Interrupted where the user cut it, and whatever `launch` raises.
+        """
+        options = self.options | changes
+        words = [text for name, value in options.items() if value is not None
+                 for text in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+        started = time.monotonic()
+        with cut_after(limit_s) as late:
+            run = self.launch([*words, *self.extra], self.console).run
+        if not late.is_set() and str(run.document["audit"]["ended"] or "").startswith(STOPPED):
+            raise Interrupted
+        return run, time.monotonic() - started, late.is_set()
+
+
+@contextmanager
+def cut_after(limit_s: float | None) -> Iterator[threading.Event]:
+    """Ends the run inside as Ctrl-C would, `limit_s` from now; the event says that it did."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        os.kill(os.getpid(), signal.SIGTERM)  # `launch` hands it to the load process, which seals
+
+    if limit_s is None or threading.current_thread() is not threading.main_thread():
+        yield late
+        return
+    timer = threading.Timer(limit_s, end)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # should it come before `launch` listens or after
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass
+class Search:
+    """One search. `scenario` is resolved at any rate; `goodput` is a share or None; `plan.start` 0: measure it."""
+
+    prober: Prober
+    scenario: Scenario
+    plan: Plan
+    journal: Journal
+    goodput: float | None = None
+
+    @property
+    def unit(self) -> str:
+        return "in flight" if self.plan.whole else "requests/s"
+
+    def history(self) -> list[Observation]:
+        return [Observation.from_json(entry) for entry in self.journal.entries]
+
+    def run(self) -> Done:
+        """Probes until the core is done. Raises Interrupted, UserError (server gone, bad options)."""
+        if not self.plan.start:
+            self._calibrate()
+        while isinstance(step := propose(self.plan, self.history()), Probe):
+            self._announce(step)
+            entry = self._probe(step)
+            self.journal.append(entry)
+            self.say(f"  {step.rate:g} {self.unit}: {entry['outcome'].upper()} ({entry['reason']})")
+        self.journal.notes["answer"] = asdict(step)
+        self.journal.save()
+        return step
+
+    def spent_s(self) -> float:
+        return float(sum(e["cost_s"] for e in self.journal.entries))
+
+    def say(self, text: str) -> None:
+        self.prober.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _calibrate(self) -> None:
+        """Where to start when nobody says: the throughput with 16 requests in flight."""
+        found = self.journal.notes.get("calibration")
+        if not found:
+            self.say("calibrate: 16 requests in flight for 4 s")
+            run, cost_s, _ = self.prober.run(CALIBRATION, self.plan.budget_s)
+            if not run.summary["qps"]:
+                raise UserError(f"the server answered no request in calibration: {run.document['verdict']['headline']}")
+            found = {"qps": run.summary["qps"], "cost_s": cost_s, "run": str(run.folder)}
+            self.journal.notes["calibration"] = found
+            self.journal.save()
+        budget = self.plan.budget_s - found["cost_s"]
+        start = min(max(found["qps"] / 2, self.plan.least), self.plan.most)
+        self.plan = Plan(**asdict(self.plan) | {"start": start, "budget_s": budget})
+
+    def _announce(self, probe: Probe) -> None:
+        low, high = remaining(self.plan, self.history())
+        left = min(high, max(0.0, self.plan.budget_s - self.spent_s()))
+        length = "full length" if probe.full else f"{probe.seconds:g} s"
+        self.say(f"▸ {probe.purpose} {probe.rate:g} {self.unit}, {length}; {clock(self.spent_s())} spent, "
+                 f"{clock(min(low, left))} to {clock(left)} to go")  # fmt: skip
+
+    def _probe(self, probe: Probe) -> dict[str, Any]:
+        """One run, judged: the entry for the journal. A run that the budget cut says nothing about the server."""
+        changes: dict[str, Any] = {"concurrency" if self.plan.whole else "target_qps": f"{probe.rate:.10g}"}
+        if not probe.full:
+            changes |= {"run_time": f"{probe.seconds:.0f}s", "min_queries": 1, "sample_order": None}
+            if self.scenario.kind is Kind.SERVER:
+                changes["sample_order"] = "uniform"  # equal issue would send whole passes over the library
+        elif self.plan.full_queries > self.scenario.minimums.queries:
+            changes["min_queries"] = self.plan.full_queries
+        run, cost_s, cut = self.prober.run(changes, max(1.0, self.plan.budget_s - self.spent_s()))
+        codes = [reason["code"] for reason in run.document["verdict"]["reasons"]]
+        rows = concatenate([without_chunks(part) for part in run.rows()])
+        outcome, why = assess(run.summary, rows, codes, run.scenario, full=probe.full, goodput=self.goodput)
+        if cut and outcome is Outcome.CLIENT:
+            why = "cut at the end of the budget"
+        seen = Observation(probe.rate, probe.seconds, probe.full, outcome, cost_s, why, len(rows))
+        headline = run.document["verdict"]["headline"]
+        return seen.to_json() | {"run": str(run.folder), "valid": run.valid, "verdict": headline}
+
+    def answer_run(self, done: Done) -> str | None:
+        """The folder of the run that confirmed the answer: the last full-length one at its rate."""
+        runs = [e["run"] for e in self.journal.entries if e["full"] and e["rate"] == done.rate]
+        return runs[-1] if runs else None
+
+
+def clock(seconds: float) -> str:
+    """75 → "1:15", 4000 → "1:06:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
