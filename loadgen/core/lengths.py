@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import scipy.optimize
 
 from loadgen.core.record import Int64
@@ -79,16 +80,18 @@ def draw(lengths: Lengths, count: int, seed: int) -> Int64:
     if lengths.kind == "fixed":
         return np.full(count, int(lengths.low), dtype=np.int64)
     if lengths.kind == "uniform":
-        return rng.randint(int(lengths.low), int(lengths.high) + 1, size=count, dtype=np.int64)
+        spread: Int64 = rng.randint(int(lengths.low), int(lengths.high) + 1, size=count, dtype=np.int64)
+        return spread
     if lengths.kind == "normal":
         values = np.rint(rng.normal(lengths.low, lengths.high, size=count))
         return np.clip(values, 1, LONGEST).astype(np.int64)
     weights = _least_assuming(int(lengths.high), lengths.low or None)
     picked: Int64 = np.searchsorted(np.cumsum(weights), rng.random_sample(count), "right") + 1
-    return np.minimum(picked, int(lengths.high))
+    capped: Int64 = np.minimum(picked, int(lengths.high))
+    return capped
 
 
-def _least_assuming(maximum: int, mean: float | None) -> np.ndarray:
+def _least_assuming(maximum: int, mean: float | None) -> npt.NDArray[np.float64]:
     """Probabilities of 1 ... maximum: the distribution of greatest entropy with that mean, p(k) ~ r^k."""
     steps = np.arange(1, maximum + 1, dtype=np.float64)
     if mean is None:
@@ -96,7 +99,7 @@ def _least_assuming(maximum: int, mean: float | None) -> np.ndarray:
     if mean >= maximum:
         return (steps == maximum).astype(np.float64)
 
-    def weights(rate: float) -> np.ndarray:
+    def weights(rate: float) -> npt.NDArray[np.float64]:
         exponents = rate * (steps - (maximum if rate > 0 else 1))
         raised = np.exp(exponents)
         return np.asarray(raised / raised.sum())

@@ -72,7 +72,7 @@ class Words:
         self.salt = min(BLOCK_TOKENS - 1, SALT_WORDS * int(np.median(self.after[1])))
 
     @staticmethod
-    def _affordable(words: Sequence[str], costs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _affordable(words: Sequence[str], costs: Sequence[int]) -> tuple[Any, Any]:
         """Words and costs, cheapest first, so that what a remainder can pay for is a prefix."""
         array = np.asarray(costs)
         order = np.argsort(array, kind="stable")
@@ -174,7 +174,7 @@ def _until_exact(
 ) -> list[str]:
     """`make(index, attempt)` for each index, again where its `whole` text does not encode to what is wanted."""
     found: dict[int, str] = {}
-    open_ = range(len(lengths))
+    open_ = list(range(len(lengths)))
     for attempt in range(ATTEMPTS):
         drafts = [(index, made) for index in open_ if (made := make(index, attempt)) is not None]
         for (index, made), ids in zip(drafts, encode(tokenizer, [whole(*d) for d in drafts]), strict=True):
