@@ -1,7 +1,7 @@
 """Checks that the documents are true: links lead somewhere, commands and options exist, generated tables are fresh.
 
-    python docs/check.py            fails, naming each fault
-    python docs/check.py --write    writes the generated tables anew
+python docs/check.py            fails, naming each fault
+python docs/check.py --write    writes the generated tables anew
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An HTML report → a PNG, with a headless Chromium.
 
-    python docs/screenshot.py results/report.html docs/images/report.png
-    python docs/screenshot.py report.html dark.png --dark --height 2400
+python docs/screenshot.py results/report.html docs/images/report.png
+python docs/screenshot.py report.html dark.png --dark --height 2400
 """
 
 from __future__ import annotations

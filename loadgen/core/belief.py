@@ -6,7 +6,8 @@ Near its boundary a server passes by luck. The chance that a full-length run at 
 
 where C is the boundary, the rate that passes half of the time, and s how far luck reaches. All C are equally likely
 beforehand. s comes from the work in a run: the sum of n service times with coefficient of variation c scatters by
-c / sqrt(n), so s is expected around 0.5 / sqrt(n), and anything from a quarter to four times of that is possible.
+c / sqrt(n), so s is expected around 0.5 / sqrt(n) or less, and anything from a sixteenth to four times of that is possible: arrivals
+are the same in every run, so where service times are even there is hardly any luck.
 Consistent runs speak for a small s, contradictory ones for a large one, which asks for more runs.
 """
 
@@ -19,8 +20,8 @@ import numpy as np
 from scipy.special import log_ndtr
 
 SCATTER = 0.5
-FACTORS = np.array([0.25, 0.5, 1.0, 2.0, 4.0])
-WEIGHTS = np.array([0.15, 0.25, 0.3, 0.2, 0.1])
+FACTORS = np.array([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0])
+WEIGHTS = np.array([0.1, 0.1, 0.15, 0.2, 0.2, 0.15, 0.1])
 POINTS = 400
 
 
@@ -34,7 +35,7 @@ def quantiles(trials: Sequence[tuple[float, bool]], requests: float, levels: Seq
         raise ValueError("a boundary lies between a rate that passed and one that failed")
     spread = np.clip(FACTORS * SCATTER / math.sqrt(max(requests, 1.0)), 0.001, 0.2)
     ends = sorted((math.log(max(passed)), math.log(min(failed))))
-    margin = max(0.05, 4 * float(spread[2]))
+    margin = max(0.05, 4 * float(spread[4]))
     grid = np.linspace(ends[0] - margin, ends[1] + margin, POINTS)
     likelihood = np.tile(np.log(WEIGHTS)[:, None], (1, POINTS))
     for rate, ok in trials:

@@ -125,7 +125,8 @@ def percentile_interval(values: Float, p: float, confidence: float = 0.95) -> In
     side, then scaled to n: the classical nonparametric interval (David and Nagaraja, Order Statistics, 7.1), with real
     ranks. The high end is +inf where even the slowest value is not surely above the quantile, or where it falls among
     failures. It always contains LoadGen's sorted[floor(n p)]. None where the values, at p50, p90 or p, are worth fewer
-    than 50 independent ones, or where not even the fastest is surely below the quantile. Raises ValueError on p or confidence outside (0, 1).
+    than 50 independent ones, or where not even the fastest is surely below the quantile. Raises ValueError on p or
+    confidence outside (0, 1).
     """
     if not (0 < p < 1 and 0 < confidence < 1):
         raise ValueError(f"p and confidence must be fractions between 0 and 1, got {p} and {confidence}")

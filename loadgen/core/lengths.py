@@ -84,7 +84,8 @@ def draw(lengths: Lengths, count: int, seed: int) -> Int64:
         return spread
     if lengths.kind == "normal":
         values = np.rint(rng.normal(lengths.low, lengths.high, size=count))
-        return np.clip(values, 1, LONGEST).astype(np.int64)
+        clipped: Int64 = np.clip(values, 1, LONGEST).astype(np.int64)
+        return clipped
     weights = _least_assuming(int(lengths.high), lengths.low or None)
     picked: Int64 = np.searchsorted(np.cumsum(weights), rng.random_sample(count), "right") + 1
     capped: Int64 = np.minimum(picked, int(lengths.high))
@@ -97,7 +98,7 @@ def _least_assuming(maximum: int, mean: float | None) -> npt.NDArray[np.float64]
     if mean is None:
         return np.full(maximum, 1.0 / maximum)
     if mean >= maximum:
-        return (steps == maximum).astype(np.float64)
+        return np.where(steps == maximum, 1.0, 0.0)
 
     def weights(rate: float) -> npt.NDArray[np.float64]:
         exponents = rate * (steps - (maximum if rate > 0 else 1))

@@ -20,7 +20,7 @@ from loadgen.core.record import Int64
 from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
 from loadgen.edge import synthetic
 from loadgen.edge.errors import UserError
-from loadgen.edge.prompt_files import Prompt, read_prompts
+from loadgen.edge.prompt_files import read_prompts
 from loadgen.edge.scenarios import DATA, SYNTHETIC, length_statistics
 
 BLOCK = 1 << 14
@@ -43,7 +43,7 @@ class PromptLibrary:
             bare, self.texts, self.asked_in = _synthesised(scenario, self.salt or "")
             self.references: list[str | None] = [None] * len(bare)
         else:
-            prompts = _read(BUILTIN if source == "builtin" else Path(source), scenario.max_prompts)
+            prompts = read_prompts(BUILTIN if source == "builtin" else Path(source), scenario.max_prompts)
             bare = [prompt.text for prompt in prompts]
             self.references = [prompt.reference for prompt in prompts]
             self.texts = [f"{_salt(self.salt, i)} {text}" for i, text in enumerate(bare)] if self.salt else bare
@@ -91,11 +91,6 @@ def _salt(key: str | None, sample: int) -> str:
     return "".join("abcdefghijkmnpqrstuvwxyz23456789"[byte % 32] for byte in digest)
 
 
-@lru_cache(maxsize=2)
-def _read(path: Path, limit: int | None) -> tuple[Prompt, ...]:
-    return tuple(read_prompts(path, limit))
-
-
 def _synthesised(scenario: Scenario, key: str) -> tuple[list[str], list[str], Int64]:
     """Bodies without salt, whole prompts and their lengths. Without a salt its place is filled the same in each run."""
     if not scenario.tokenizer:
@@ -104,7 +99,7 @@ def _synthesised(scenario: Scenario, key: str) -> tuple[list[str], list[str], In
             "its folder, under 1/weights)"
         )
     tokenizer = _tokenizer(scenario.tokenizer)
-    words = synthetic.vocabulary([prompt.text for prompt in _read(BUILTIN, None)])
+    words = synthetic.vocabulary([prompt.text for prompt in read_prompts(BUILTIN)])
     asked = lengths.parse(str(scenario.input_tokens), length_statistics("input"))
     drawn = lengths.draw(asked, scenario.max_prompts or SYNTHETIC_PROMPTS, scenario.prompt_seed)
     bare = _bodies_of(scenario.tokenizer, words, tuple(drawn.tolist()), scenario.prompt_seed)

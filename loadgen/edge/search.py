@@ -32,6 +32,7 @@ from loadgen.edge.errors import UserError
 from loadgen.edge.store import Run, write_json
 
 Launch = Callable[[list[str], Console], launching.Launched]
+START = 0.8  # of the throughput with 16 in flight
 STOPPED = "stopped by the user"  # how the load process words a Ctrl-C in audit.ended
 CALIBRATION = {"scenario": "concurrency", "concurrency": 16, "preset": "smoke", "warmup": 16, "run_time": "4s",
                "target_qps": None, "min_queries": None, "sample_order": None}  # fmt: skip
@@ -178,7 +179,7 @@ class Search:
             self.journal.notes["calibration"] = found
             self.journal.save()
         budget = self.plan.budget_s - found["cost_s"]
-        start = min(max(found["qps"] / 2, self.plan.least), self.plan.most)
+        start = min(max(found["qps"] * START, self.plan.least), self.plan.most)
         self.plan = Plan(**asdict(self.plan) | {"start": start, "budget_s": budget})
 
     def _announce(self, probe: Probe) -> None:

@@ -52,8 +52,9 @@ def load_tokenizer(path: str) -> Any:
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text, special tokens included, a part at a time so that an event loop gets its turn."""
     ids: list[list[int]] = []
+    batch = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)  # without offsets, which nobody reads
     for start in range(0, len(texts), ENCODE_AT_ONCE):
-        ids += [encoding.ids for encoding in tokenizer.encode_batch(list(texts[start : start + ENCODE_AT_ONCE]))]
+        ids += [encoding.ids for encoding in batch(list(texts[start : start + ENCODE_AT_ONCE]))]
         time.sleep(0)
     return ids
 
