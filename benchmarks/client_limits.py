@@ -9,6 +9,7 @@ Each runs the real `locust -f loadgen/llm.py` in its own process and prints figu
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import tempfile
@@ -62,8 +63,10 @@ def soak() -> None:
         run = measure({}, "--scenario", "offline", "--target-qps", "1", "--min-queries", str(count),
                       "--output-tokens", "4", "--max-in-flight", "64")  # fmt: skip
         w = run.document["audit"]["workers"][0]
-        print(f"{run.summary['completed']:,} requests in {run.summary['duration_s']:.0f} s: "
-              f"peak memory {w['max_rss_bytes'] / 1e6:.0f} MB", flush=True)  # fmt: skip
+        whole = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        print(f"{run.summary['completed']:,} requests in {run.summary['duration_s']:.0f} s: peak memory "
+              f"{w['max_rss_bytes'] / 1e6:.0f} MB while running, "
+              f"{whole / 1e6:.0f} MB with sealing", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ Near its boundary a server passes by luck. The chance that a full-length run at 
 
 where C is the boundary, the rate that passes half of the time, and s how far luck reaches. All C are equally likely
 beforehand. s comes from the work in a run: the sum of n service times with coefficient of variation c scatters by
-c / sqrt(n), so s is expected around 0.5 / sqrt(n) or less, and anything from a sixteenth to four times of that is possible: arrivals
-are the same in every run, so where service times are even there is hardly any luck.
+c / sqrt(n), so s is expected around 0.5 / sqrt(n) or less, and anything from a sixteenth to four times of that is
+possible: arrivals are the same in every run, so where service times are even there is hardly any luck.
 Consistent runs speak for a small s, contradictory ones for a large one, which asks for more runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import log_ndtr
@@ -25,7 +25,8 @@ WEIGHTS = np.array([0.1, 0.1, 0.15, 0.2, 0.2, 0.15, 0.1])
 POINTS = 400
 
 
-def quantiles(trials: Sequence[tuple[float, bool]], requests: float, levels: Sequence[float]) -> list[float]:
+@lru_cache(maxsize=4096)  # a search is replayed from its history at each step
+def quantiles(trials: tuple[tuple[float, bool], ...], requests: float, levels: tuple[float, ...]) -> tuple[float, ...]:
     """Quantiles of the boundary C at `levels`, after `trials` of (rate, passed) with about `requests` requests each.
 
     Raises ValueError unless something passed and something failed: one end would be unknown.
@@ -43,4 +44,4 @@ def quantiles(trials: Sequence[tuple[float, bool]], requests: float, levels: Seq
         likelihood += log_ndtr(z if ok else -z)
     density = np.exp(likelihood - likelihood.max()).sum(axis=0)
     cumulative = np.cumsum(density) / density.sum()
-    return [math.exp(float(grid[int(np.searchsorted(cumulative, level))])) for level in levels]
+    return tuple(math.exp(float(grid[int(np.searchsorted(cumulative, level))])) for level in levels)

@@ -34,6 +34,9 @@ class Outcome(StrEnum):
     CUT = "cut"  # in flight when the run was stopped
 
 
+OUTCOMES = tuple(Outcome)  # their order is the code in numpy columns
+
+
 class Phase(StrEnum):
     """Warm-up rows stay in the file and out of the summary."""
 
@@ -118,7 +121,7 @@ class Rows:
     usage_out: Int64
     asked_out: Int64
     asked_in: Int64
-    outcome: npt.NDArray[np.str_]
+    outcome: npt.NDArray[np.int8]  # index into OUTCOMES
     chunk_offsets: Int64
     chunk_ns: Int64
     chunk_tokens: Int64
@@ -129,4 +132,8 @@ class Rows:
     @property
     def ok(self) -> Bool:
         """Rows that completed."""
-        return np.asarray(self.outcome == Outcome.OK.value)
+        return self.ended(Outcome.OK)
+
+    def ended(self, outcome: Outcome) -> Bool:
+        """Rows with this outcome."""
+        return np.asarray(self.outcome == OUTCOMES.index(outcome))

@@ -16,7 +16,7 @@ def remaining(plan: Plan, history: Sequence[Observation], servers: int = 16) -> 
     """
     low, high = _possible(plan, history)
     excess = excess_s(history)
-    per_s = max((o.requests / o.seconds / o.rate for o in history), default=1.0)
+    per_s = history[-1].requests / history[-1].seconds / history[-1].rate if history else 1.0
 
     def requests(probe: Probe) -> int:
         return round(per_s * probe.rate * probe.seconds)

@@ -35,6 +35,7 @@ LENGTHEN = 4.0
 OVERHEAD_S = 8.0  # of a run, before one was seen: start, warm-up, drain, seal
 RISK = 0.01  # that the boundary lies below the answer
 SHORT = 0.05  # that it lies further above than the precision
+MOST_RUNS = 60  # of full length, of a server too noisy for the precision
 DIGITS = 4  # of a rate, so that it is the same number in a journal, on a command line and in a report
 
 
@@ -117,8 +118,9 @@ class Observation:
 class Done:
     """The end. `rate` is None when no full-length run passed. `failed` is the lowest rate whose full-length run failed.
 
-    `code`: "found" (within the precision), "maximum" (the highest rate allowed passes), "budget", "client" (the load
-    generator was the bottleneck), "broken" (no rate can pass), "none" (not even the lowest rate passes).
+    `code`: "found" (within the precision), "maximum" (the highest rate allowed passes), "budget", "noisy" (full-length
+    runs contradict each other), "client" (the load generator was the bottleneck), "broken" (no rate can pass), "none"
+    (not even the lowest rate passes).
     """
 
     rate: float | None
@@ -282,11 +284,14 @@ class _Search:
                 yield from self._ask(self.plan.round(middle), None, "refine")
             failed = self.failed() or failed
 
-    def _boundary(self) -> list[float]:
+    def _boundary(self) -> tuple[float, ...]:
         """Low, middle and high estimate of the boundary, from the full-length runs."""
         runs = [o for o in self.seen if o.full and o.outcome in (Outcome.PASS, Outcome.FAIL)]
         requests = sum(o.requests for o in runs) / len(runs)
-        return quantiles([(o.rate, o.outcome is Outcome.PASS) for o in runs], requests, (RISK, 0.5, 1 - SHORT))
+        if len(runs) >= MOST_RUNS:
+            raise _StopError("noisy", f"{len(runs)} full-length runs contradict each other: make them longer")
+        trials = tuple((o.rate, o.outcome is Outcome.PASS) for o in runs)
+        return quantiles(trials, requests, (RISK, 0.5, 1 - SHORT))
 
     def _salvage(self, stop: _StopError) -> Steps:
         """After a search that had to stop: the best rate confirmed so far, else one run to confirm one."""

@@ -1,172 +1,164 @@
-"""Sealed runs → text, Markdown and JSON. The HTML page is made in `report_html.py` from the same tables.
+"""Sealed runs as text: for the terminal (also in a pipe), as GitHub Markdown and as JSON.
 
-Everything shown is in `run.json`; labels, units and meanings come from `METRICS`. A percentile that lies among failed
-requests is shown as "failed", a figure that does not exist as "–".
+One run gets a table with a column a percentile, its interval and its limit; several runs get a column a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from loadgen.core.metrics import METRICS, Metric
-from loadgen.core.scenario import Kind
+from loadgen.edge import report_data
+from loadgen.edge.report_data import Row, Section, as_json
 from loadgen.edge.store import Run
 
-PERCENTILES = ("p50", "p90", "p99")
-BY_NAME = {m.name: m for m in METRICS}
-LATENCIES = ("ttft_ns", "tpot_ns", "itl_ns", "e2e_ns", "query_ns", "ttft_sent_ns", "e2e_sent_ns")
-RATES = ("tokens_per_s", "loadgen_tokens_per_s", "qps", "loadgen_qps", "goodput_qps", "goodput_share")
-COUNTS = ("scheduled", "completed", "failed", "tokens_out", "tokens_per_response", "peak_in_flight", "duration_s")
-FROM_SEND = ("ttft_sent_ns", "e2e_sent_ns")
+__all__ = ["as_json", "markdown", "text"]
 
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table: label, help, and a cell for each run."""
-
-    label: str
-    help: str
-    cells: list[str]
-
-
-def shown(name: str, runs: Sequence[Run]) -> bool:
-    """MultiStream's query latency only where there is a MultiStream; LoadGen's window only where it differs."""
-    if name == "query_ns":
-        return any(r.scenario.kind is Kind.MULTI_STREAM for r in runs)
-    if name.startswith("loadgen_"):
-        return any(r.scenario.kind is Kind.SERVER for r in runs)
-    return True
-
-
-def lines(runs: Sequence[Run]) -> list[Line]:
-    """The whole table, a cell per run: latencies at p50/p90/p99, rates, counts and the client's audit."""
-    out = []
-    for name in (n for n in LATENCIES if shown(n, runs)):
-        metric = BY_NAME[name]
-        start = "" if name in (*FROM_SEND, "tpot_ns", "itl_ns") else " from due"
-        label = f"{metric.label}{start} {'/'.join(PERCENTILES)}"
-        out.append(Line(label, metric.help, [latency(r.summary[name]) for r in runs]))
-    for name in (n for n in (*RATES, *COUNTS) if shown(n, runs)):
-        metric = BY_NAME[name]
-        out.append(Line(metric.label, metric.help, [scalar(metric, r.summary[name]) for r in runs]))
-    out.append(Line("client: lateness p50/p99/max", "dispatch − due, of the worst worker", [late(r) for r in runs]))
-    out.append(Line("client: CPU, ceiling", "share of a core of the busiest worker; rate at which it needs all of it",
-                    [busy(r) for r in runs]))  # fmt: skip
-    return out
-
-
-def latency(values: dict[str, Any]) -> str:
-    """ "12.1 / 15.0 / 20.3 ms" """
-    if not values["count"] and not values["failed"]:
-        return "–"
-    return " / ".join(ms(values.get(p)) for p in PERCENTILES) + " ms"
-
-
-def ms(ns: float | None) -> str:
-    """Nanoseconds as milliseconds, three digits; None, an infinite percentile, as "failed"."""
-    if ns is None:
-        return "failed"
-    value = ns / 1e6
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def scalar(metric: Metric, value: float | None) -> str:
-    if value is None:
-        return "–"
-    if metric.unit == "ratio":
-        return f"{value:.1%}"
-    number = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    return f"{number} {metric.unit}" if metric.unit in ("s", "1/s", "tokens/s") else number
-
-
-def late(run: Run) -> str:
-    workers = run.document["audit"]["workers"]
-    if not workers or run.scenario.kind is not Kind.SERVER:
-        return "–"
-    return " / ".join(ms(max(w[f"lateness_{p}_ns"] for w in workers)) for p in ("p50", "p99", "max")) + " ms"
-
-
-def busy(run: Run) -> str:
-    audit = run.document["audit"]
-    if not audit["workers"]:
-        return "–"
-    ceiling = audit["client_ceiling_qps"]
-    return f"{max(w['cpu_share'] for w in audit['workers']):.0%}, {f'{ceiling:,.0f}/s' if ceiling else '–'}"
-
-
-def title(run: Run) -> str:
-    """Scenario with its rate, for the head of a column."""
-    scenario = run.scenario
-    rate = f" {scenario.target_qps:g}/s" if scenario.kind is Kind.SERVER else ""
-    rate = f" {scenario.concurrency}" if scenario.kind is Kind.CONCURRENCY else rate
-    return f"{scenario.name}{rate}"
-
-
-def subject(run: Run) -> str:
-    """What was measured, on what; synthetic weights are always said."""
-    d = run.document
-    weights = ", SYNTHETIC weights" if d["weights"] == "synthetic" else ""
-    return f"{d['model']}, {d['backend']} {d['precision']}{weights}, on {d['hardware']['label']}"
-
-
-def findings(run: Run) -> Iterable[tuple[str, dict[str, str]]]:
-    """("reason" | "caution" | "lacking", finding) in the order of weight."""
-    verdict = run.document["verdict"]
-    for kind, key in (("reason", "reasons"), ("caution", "cautions"), ("lacking", "lacking")):
-        for finding in verdict.get(key, []):
-            yield kind, finding
+PIPE_WIDTH = 120  # wide enough for three runs side by side
+RUNS_ABREAST = 3
+REMARKS = (("reasons", "INVALID because"), ("cautions", "Caution"), ("lacking", "Lacking for MLPerf length"))
 
 
 def text(runs: Sequence[Run], console: Console | None = None) -> None:
-    """Prints the table and the verdicts: one column a run."""
+    """Prints runs to `console` (default: standard output). Colours only on a terminal, and never with NO_COLOR."""
     console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=max(console.width, 110), no_color=True)
-    for line in dict.fromkeys(subject(r) for r in runs):
-        console.print(Text(line, style="bold"))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for run in runs:
-        table.add_column(title(run), justify="right", no_wrap=True)
-    for line in lines(runs):
-        table.add_row(line.label, *line.cells)
-    console.print(table)
-    for run in runs:
-        console.print(Text.assemble((f"{title(run)}: ", "bold"), (headline(run), "green" if run.valid else "red")))
-        for kind, finding in findings(run):
-            if kind != "lacking":
-                seen = f"  {finding['code']}: {finding['seen']} (limit {finding['limit']}). {finding['advice']}."
-                console.print(Text(seen, style="" if kind == "reason" else "yellow"))
+    with _readable_width(console):
+        for start in range(0, len(runs), RUNS_ABREAST):
+            part = runs[start : start + RUNS_ABREAST]
+            console.print()
+            _table(part, console)
+            for run in part:
+                _verdict(run, console, named=len(runs) > 1)
 
 
-def headline(run: Run) -> str:
-    return str(run.document["verdict"]["headline"])
+@contextlib.contextmanager
+def _readable_width(console: Console) -> Iterator[None]:
+    """A pipe has no width: a fixed one keeps output the same everywhere."""
+    if console.is_terminal:
+        yield
+        return
+    before, console.width = console.width, max(PIPE_WIDTH, console.width)
+    try:
+        yield
+    finally:
+        console.width = before
+
+
+def _table(runs: Sequence[Run], console: Console) -> None:
+    title, differing = report_data.shared(runs)
+    console.print(Text(title, style="bold"))
+    one = len(runs) == 1
+    found = report_data.sections(runs)
+    columns = found[0].columns
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    for _ in range(len(columns) if one else len(runs)):
+        table.add_column(justify="right", no_wrap=one, overflow="fold")
+    if one:
+        table.add_column(style="dim", justify="right", overflow="fold")
+        table.add_column(style="dim", overflow="fold")
+    for name, texts in differing:
+        table.add_row(name, *(Text(t, style="bold") for t in texts))
+    for section in found:
+        if one:
+            table.add_row()
+        _section_rows(table, section, runs, len(columns))
+    console.print(table, highlight=False)
+
+
+def _section_rows(table: Table, section: Section, runs: Sequence[Run], columns: int) -> None:
+    one = len(runs) == 1
+    head = Text(section.title, style="bold")
+    if one and section.columns:
+        interval = f"95 % of {section.columns[-1]}" if any(r.intervals[0][-1] for r in section.rows) else ""
+        limit = "limit" if any(r.notes[0] for r in section.rows) else ""
+        table.add_row(head, *(Text(c, style="bold") for c in (*section.columns, interval, limit)))
+    else:
+        names = Text(" / ".join(section.columns), style="dim")
+        table.add_row(head, *([names] * len(runs) if section.columns else []))
+    for row in section.rows:
+        if not one:
+            table.add_row("  " + row.label, *(_coloured(row.text(i)) for i in range(len(runs))))
+        elif section.columns:
+            cells = (_coloured(row.cell(0, i)) for i in range(len(section.columns)))
+            interval = row.intervals[0][-1] + row.unit if row.intervals[0][-1] else ""
+            table.add_row("  " + row.label, *cells, interval, row.notes[0])
+        else:
+            _value_row(table, row, columns)
+
+
+def _value_row(table: Table, row: Row, columns: int) -> None:
+    """One value in the first columns of a one-run table; three values (p50/p99/max) have a column each."""
+    cells = [row.cell(0, i) for i in range(len(row.cells[0]))]
+    blank = [""] * (columns - len(cells))
+    interval = row.intervals[0][0] if row.intervals else ""
+    table.add_row("  " + row.label, *(_coloured(c) for c in cells), *blank, interval + row.unit if interval else "")
+
+
+def _coloured(cell: str) -> Text:
+    return Text(cell, style="red" if cell.startswith(report_data.FAILED) else "")
+
+
+def _verdict(run: Run, console: Console, named: bool) -> None:
+    verdict = run.document["verdict"]
+    headline = Text(verdict["headline"], style="bold green" if run.valid else "bold red")
+    if named:
+        headline = Text.assemble((report_data.facts(run)["scenario"] + ": ", "bold"), headline)
+    console.print()
+    console.print(headline)
+    for key, title in REMARKS:
+        # Beside others a run's headline is enough to say what it lacks; alone it gets the advice too.
+        for reason in () if named and key == "lacking" else verdict.get(key) or ():
+            console.print(Padding(_remark(title, reason), (0, 0, 0, 2)))
+    for error, count in report_data.errors(run):
+        console.print(Padding(Text(f"{count:,} × {error}"), (0, 0, 0, 2)))
+
+
+def _remark(title: str, reason: dict[str, Any]) -> Text:
+    style = {"INVALID because": "red", "Caution": "yellow"}.get(title, "dim")
+    return Text.assemble((f"{title} {reason['code']}: ", style), f"{reason['seen']}; needs {reason['limit']}.\n",
+                         (f"  → {reason['advice']}", "dim"))  # fmt: skip
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """GitHub tables and lists."""
-    out = [f"**{cell(line)}**" for line in dict.fromkeys(subject(r) for r in runs)]
-    out += ["", "| | " + " | ".join(cell(title(r)) for r in runs) + " |", "|---|" + "---:|" * len(runs)]
-    out += [f"| {cell(line.label)} | " + " | ".join(cell(c) for c in line.cells) + " |" for line in lines(runs)]
-    out.append("")
+    """The same tables and verdicts for GitHub. Text of others cannot make markup or break a table."""
+    title, differing = report_data.shared(runs)
+    names = dict(differing).get("scenario") or [report_data.facts(r)["run"] for r in runs]
+    out = [f"## {_md(title)}", ""]
+    for section in report_data.sections(runs):
+        percentiles = f" ({' / '.join(section.columns)})" if section.columns else ""
+        out += [_md_row([section.title + percentiles, *names]), "|---" + "|---:" * len(runs) + "|"]
+        if section.title.startswith("Latency from due"):
+            out += [_md_row([name, *texts]) for name, texts in differing if name != "scenario"]
+        out += [_md_row([row.label, *(row.text(i) for i in range(len(runs)))]) for row in section.rows]
+        out.append("")
     for run in runs:
-        out.append(f"- **{cell(title(run))}**: {cell(headline(run))} (run `{run.document['run_id']}`)")
-        out += [f"  - {kind} `{f['code']}`: {cell(f['seen'])}; limit {cell(f['limit'])}; {cell(f['advice'])}"
-                for kind, f in findings(run)]  # fmt: skip
-    return "\n".join(out) + "\n"
+        out += _md_verdict(run)
+    return "\n".join(out).rstrip() + "\n"
 
 
-def cell(value: str) -> str:
-    """Text that cannot break a Markdown table or bring markup of its own."""
-    return value.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+def _md_verdict(run: Run) -> list[str]:
+    verdict = run.document["verdict"]
+    out = [f"**{_md(report_data.facts(run)['scenario'])}: {_md(verdict['headline'])}**", ""]
+    for key, title in REMARKS:
+        for r in verdict.get(key) or ():
+            code, seen, limit, advice = (_md(r[k]) for k in ("code", "seen", "limit", "advice"))
+            out.append(f"- {title} {code}: {seen}; needs {limit}. → {advice}")
+    out += [f"- {count:,} × {_md(error)}" for error, count in report_data.errors(run)]
+    return [*out, ""]
 
 
-def as_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """The sealed documents, with their folders."""
-    return {"runs": [{"folder": str(r.folder), **r.document} for r in runs]}
+def _md_row(cells: list[str]) -> str:
+    return "| " + " | ".join(_md(c) for c in cells) + " |"
+
+
+def _md(cell: str) -> str:
+    """Escapes what Markdown or HTML would take as markup, on one line."""
+    table = str.maketrans({c: "\\" + c for c in "\\`*_[]|#~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
+    return " ".join(str(cell).split()).translate(table)

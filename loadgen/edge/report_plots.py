@@ -1,151 +1,149 @@
-"""The plots of a run as plotly figures (plain dicts), small whatever the number of rows.
+"""Plotly figures of runs, as plain JSON: distributions of all runs over each other, and each run over time.
 
-Distributions are drawn through a few hundred quantiles, series through a few hundred time bins; a run of a million
-requests makes a page no larger than a run of a thousand.
+Colours are names of the page's CSS variables; `report.js` resolves them, so that the page has a light and a dark form.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from loadgen.core.metrics import concatenate, percentile_name, tpot, ttft, without_chunks
-from loadgen.core.record import NEVER, Int64, Rows
+from loadgen.core.metrics import METRICS, percentile_name
+from loadgen.core.scenario import Limits
+from loadgen.edge.report_data import facts
+from loadgen.edge.report_series import BANDS, Series
 from loadgen.edge.store import Run
 
-BINS = 240
-QUANTILES = np.concatenate([np.linspace(0, 0.98, 250), np.linspace(0.98, 1, 150)[1:]])
-# Okabe-Ito, distinct to colour-blind readers, with enough contrast on white and on black
-BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
-
 Figure = dict[str, Any]
+COLOURS = 7
+PANELS = ("ttft", "tpot", "e2e")
+_LABELS = {m.name.removesuffix("_ns"): m.label for m in METRICS}
+_TICKS = (0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
+# Band to dash, width and opacity: three shades of one line, told apart without colour.
+_STYLE = {"p50": ("solid", 2, None), "p90": ("solid", 1, 60), "p99": ("dot", 1.2, None)}
 
 
-def figures(run: Run) -> list[Figure]:
-    """Latency distribution, latency over time, throughput and requests in flight over time; empty without rows."""
-    kept: list[Rows] = []
-    end_ns = max(int(run.summary["duration_s"] * 1e9), 1)
-    edges = np.linspace(0, end_ns, min(BINS, max(10, run.summary["scheduled"])) + 1)
-    tokens = np.zeros(len(edges) - 1)
-    for rows in run.rows():
-        where = np.clip(np.searchsorted(edges, rows.chunk_ns, "right") - 1, 0, len(tokens) - 1)
-        tokens += np.bincount(where, weights=rows.chunk_tokens, minlength=len(tokens))
-        kept.append(without_chunks(rows))
-    rows = concatenate(kept)
-    if not len(rows):
-        return []
-    return [distribution(run, rows), over_time(run, rows, edges), throughput(edges, tokens), in_flight(rows, edges)]
+def colour(run: int, percent: int | None = None) -> str:
+    """The CSS variable of a run's colour, at an opacity."""
+    return f"--c{run % COLOURS}" + (f"/{percent}" if percent else "")
 
 
-def distribution(run: Run, rows: Rows) -> Figure:
-    """Cumulative share of requests over latency; failures keep the curves below 100 %."""
-    scenario, n = run.scenario, len(rows)
-    answered = rows.ok & (rows.first_ns != NEVER)
-    curves = [
-        ("TTFT", ttft(rows), BLUE, "solid"),
-        ("TTFT from send", (rows.first_ns - rows.sent_ns)[answered], BLUE, "dot"),
-        ("TPOT", tpot(rows), ORANGE, "solid"),
-        ("E2E", (rows.done_ns - rows.due_ns)[rows.ok], GREEN, "solid"),
-        ("E2E from send", (rows.done_ns - rows.sent_ns)[rows.ok], GREEN, "dot"),
-    ]
-    data = [_curve(name, values, n, colour, dash) for name, values, colour, dash in curves if len(values)]
-    limits = [("TTFT", scenario.limits.ttft_ns, BLUE), ("TPOT", scenario.limits.tpot_ns, ORANGE),
-              ("E2E", scenario.limits.e2e_ns, GREEN)]  # fmt: skip
-    shapes, notes = [], []
-    for name, limit, colour in limits:
-        if limit is not None:
-            x = float(np.log10(limit / 1e6))
-            shapes.append({"type": "line", "x0": limit / 1e6, "x1": limit / 1e6, "y0": 0, "y1": 1, "yref": "paper",
-                           "line": {"color": colour, "width": 1, "dash": "dash"}})  # fmt: skip
-            notes.append({"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "text": f"{name} limit",
-                          "showarrow": False, "font": {"color": colour, "size": 11}})  # fmt: skip
-    goal = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": scenario.percentile, "y1": scenario.percentile,
-            "line": {"color": "#888", "width": 1, "dash": "dot"}}  # fmt: skip
-    return _figure(
-        f"Latency distribution (dotted: from send; grey: {percentile_name(scenario.percentile)})", data,
-        xaxis={"title": "ms", "type": "log"},
-        yaxis={"title": "share of requests", "range": [0, 1.02], "tickformat": ".0%"},
-        shapes=[*shapes, goal], annotations=notes,
-    )  # fmt: skip
+def nines(p: float) -> float:
+    """The place of a percentile on the axis: 90 to 99 % gets as much room as 99 to 99.9 %: tails matter most."""
+    return -math.log10(max(1 - p, 1e-9))
 
 
-def _curve(name: str, values: Int64, n: int, colour: str, dash: str) -> Figure:
-    ordered = np.sort(values)
-    index = np.unique((QUANTILES * (len(ordered) - 1)).astype(np.int64))
-    return {"type": "scatter", "mode": "lines", "name": name, "x": _ms(ordered[index]),
-            "y": ((index + 1) / n).round(5).tolist(),
-            "line": {"color": colour, "dash": dash, "width": 2 if dash == "solid" else 1.3}}  # fmt: skip
+def distributions(runs: Sequence[Run], found: list[Series]) -> Figure:
+    """TTFT, TPOT and E2E: share of all requests that were as fast, solid from due, dashed from send."""
+    data: list[dict[str, Any]] = []
+    layout: Figure = {"grid": {"rows": 1, "columns": 3, "pattern": "independent"}, "hovermode": "closest",
+                      "margin": {"l": 46, "r": 10, "t": 34, "b": 40}, "shapes": [], "annotations": [],
+                      "legend": {"orientation": "h", "y": 1.22, "x": 0}}  # fmt: skip
+    top = max((nines(s.cdf[name]["p"][-1]) for s in found for name in PANELS if s.cdf[name]["p"]), default=1.0)
+    for n, name in enumerate(PANELS, start=1):
+        axis = str(n) if n > 1 else ""
+        for i, (run, series) in enumerate(zip(runs, found, strict=True)):
+            for kind in (name, f"{name}_sent"):
+                if kind in series.cdf:
+                    data.append(_curve(run, i, series.cdf[kind], kind, axis, len(runs) > 1))
+        values = [x for s in found for x in s.cdf[name]["x"] if x > 0]
+        wide = bool(values) and max(values) > 20 * min(values)
+        layout[f"xaxis{axis}"] = {"title": {"text": f"{_LABELS[name]}, ms"}, "type": "log" if wide else "linear",
+                                  "rangemode": "tozero", **({"dtick": "D2"} if wide else {})}  # fmt: skip
+        layout[f"yaxis{axis}"] = {"tickvals": [nines(p) for p in _TICKS], "ticktext": [f"{p:.6g} %" for p in
+                                  (100 * t for t in _TICKS)], "range": [0, top * 1.06]}  # fmt: skip
+        _limit_lines(layout, runs, name, axis, wide)
+    return {"data": data, "layout": layout}
 
 
-def over_time(run: Run, rows: Rows, edges: np.ndarray) -> Figure:
-    """E2E and TTFT by due time: every request when they are few, else p50 and p99 of each bin; failures in red."""
-    data = []
-    bad = np.flatnonzero(~rows.ok)
-    keep = rows.ok & (rows.first_ns != NEVER)
-    for name, end_ns, colour in (("E2E", rows.done_ns, GREEN), ("TTFT", rows.first_ns, BLUE)):
-        due, latency = rows.due_ns[keep], (end_ns - rows.due_ns)[keep]
-        if len(due) <= 3 * BINS:
-            order = np.argsort(due, kind="stable")
-            data.append({"type": "scatter", "mode": "markers", "name": name, "x": _s(due[order]),
-                         "y": _ms(latency[order]), "marker": {"color": colour, "size": 4, "opacity": 0.7}})  # fmt: skip
-        else:
-            data += _bands(name, due, latency, edges, colour)
-    if len(bad):
-        few = bad[:: max(1, len(bad) // BINS)]
-        data.append({"type": "scatter", "mode": "markers", "name": f"failed ({len(bad)})", "x": _s(rows.due_ns[few]),
-                     "y": [0] * len(few), "marker": {"color": RED, "symbol": "x", "size": 8}})  # fmt: skip
-    title = "Latency by due time" + ("" if run.scenario.kind.open_loop else " (closed loop)")
-    return _figure(title, data, xaxis={"title": "due, s"}, yaxis={"title": "ms", "rangemode": "tozero"})
+def _curve(run: Run, index: int, points: dict[str, list[float]], kind: str, axis: str, several: bool) -> dict[str, Any]:
+    from_send = kind.endswith("_sent")
+    name = (facts(run)["scenario"] + ", " if several else "") + ("from send" if from_send else "from due")
+    return {
+        "type": "scatter", "mode": "lines", "x": points["x"], "y": [round(nines(p), 5) for p in points["p"]],
+        "customdata": [round(p * 100, 5) for p in points["p"]], "name": _plain(name),
+        "legendgroup": f"{index}{from_send}", "showlegend": kind in ("ttft", "ttft_sent"), "xaxis": f"x{axis}",
+        "yaxis": f"y{axis}", "line": {"color": colour(index), "width": 1.4 if from_send else 2,
+                                      "dash": "dash" if from_send else "solid", "shape": "hv"},
+        "hovertemplate": "%{customdata} % within %{x} ms",
+    }  # fmt: skip
 
 
-def _bands(name: str, due: Int64, latency: Int64, edges: np.ndarray, colour: str) -> list[Figure]:
-    where = np.searchsorted(edges, due, "right") - 1
-    order = np.lexsort((latency, where))
-    bins, first, count = np.unique(where[order], return_index=True, return_counts=True)
-    middle = ((edges[:-1] + edges[1:]) / 2)[np.clip(bins, 0, len(edges) - 2)]
-    out = []
-    for p, dash in ((0.5, "solid"), (0.99, "dot")):
-        values = latency[order][first + np.minimum((count * p).astype(np.int64), count - 1)]
-        out.append({"type": "scatter", "mode": "lines", "name": f"{name} {percentile_name(p)}", "x": _s(middle),
-                    "y": _ms(values), "line": {"color": colour, "dash": dash, "width": 1.5}})  # fmt: skip
+def _limit_lines(layout: Figure, runs: Sequence[Run], name: str, axis: str, log: bool) -> None:
+    """A vertical line at each latency limit, once where runs share it; named where others have none."""
+    having: dict[int, list[Run]] = {}
+    for run in runs:
+        if (ns := _limit(run.scenario.limits, name)) is not None:
+            having.setdefault(ns, []).append(run)
+    where = {"xref": f"x{axis}", "yref": f"y{axis} domain"}
+    for ns, owners in having.items():
+        at = percentile_name(owners[0].scenario.percentile)
+        owner = f"{facts(owners[0])['scenario']} " if len(owners) < len(runs) else ""
+        ms = ns / 1e6
+        layout["shapes"].append({"type": "line", "x0": ms, "x1": ms, "y0": 0, "y1": 1, **where,
+                                 "line": {"color": "--bad", "width": 1.5, "dash": "dashdot"}})  # fmt: skip
+        layout["annotations"].append({"x": math.log10(ms) if log else ms, "y": 1, "yanchor": "bottom", **where,
+                                      "text": _plain(f"{owner}limit at {at}"), "showarrow": False,
+                                      "font": {"color": "--bad", "size": 11}})  # fmt: skip
+
+
+def _limit(limits: Limits, name: str) -> int | None:
+    value: int | None = getattr(limits, f"{name}_ns")
+    return value
+
+
+def over_time(run: Run, index: int, series: Series) -> Figure:
+    """TTFT, E2E, tokens/s and requests in flight of one run over one time axis, failures as crosses on the axis."""
+    data: list[dict[str, Any]] = []
+    titles = ("TTFT, ms", "E2E, ms", "tokens/s", "in flight")
+    layout: Figure = {"margin": {"l": 60, "r": 10, "t": 24, "b": 40}, "hovermode": "x", "shapes": [],
+                      "legend": {"orientation": "h", "y": 1.06, "x": 0}, "showlegend": True,
+                      "xaxis": {"range": [0, series.end_s], "anchor": "y4",
+                                "title": {"text": "s from T0"}}}  # fmt: skip
+    for n, title in enumerate(titles):
+        top = 1 - n * 0.255
+        layout["yaxis" + (str(n + 1) if n else "")] = {"title": {"text": title}, "rangemode": "tozero",
+                                                       "domain": [round(top - 0.215, 3), round(top, 3)]}  # fmt: skip
+    for axis, name in (("", "ttft"), ("2", "e2e")):
+        data += _latency_traces(series, name, index, axis)
+        limit = _limit(run.scenario.limits, name)
+        highest = max((y for k in ("y", "p99") for y in series.over_time[name].get(k, ()) if y), default=0)
+        if limit is not None and limit / 1e6 < 1.5 * highest:  # a limit far above would press the data flat
+            layout["shapes"].append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": f"y{axis}",
+                                     "y0": limit / 1e6, "y1": limit / 1e6,
+                                     "line": {"color": "--bad", "width": 1.5, "dash": "dashdot"}})  # fmt: skip
+    steps = {"type": "scatter", "mode": "lines", "xaxis": "x", "showlegend": False}
+    line = {"color": colour(index), "width": 1.5, "shape": "hv"}
+    data.append({**steps, "x": series.tokens_per_s["t"], "y": series.tokens_per_s["y"], "yaxis": "y3", "line": line,
+                 "fill": "tozeroy", "fillcolor": colour(index, 15), "name": "tokens/s"})  # fmt: skip
+    data.append({**steps, "x": series.in_flight["t"], "y": series.in_flight["y"], "yaxis": "y4", "line": line,
+                 "name": "in flight"})  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def _latency_traces(series: Series, name: str, index: int, axis: str) -> list[dict[str, Any]]:
+    points = series.over_time[name]
+    first = name == "ttft"
+    base: dict[str, Any] = {"type": "scatter", "xaxis": "x", "yaxis": f"y{axis}", "showlegend": first}
+    out: list[dict[str, Any]] = []
+    if "y" in points:
+        out.append({**base, "mode": "markers", "x": points["t"], "y": points["y"], "name": "a request",
+                    "legendgroup": "request", "marker": {"color": colour(index, 70), "size": 5}})  # fmt: skip
+    else:
+        for band in BANDS:
+            dash, width, opacity = _STYLE[band]
+            line = {"color": colour(index, opacity), "width": width, "dash": dash}
+            out.append({**base, "mode": "lines", "x": points["t"], "y": points[band], "name": band,
+                        "legendgroup": band, "connectgaps": False, "line": line})  # fmt: skip
+    if series.failures:
+        out.append({**base, "mode": "markers", "x": series.failures, "y": [0] * len(series.failures), "name": "failed",
+                    "legendgroup": "failed", "cliponaxis": False, "hoverinfo": "x+name",
+                    "marker": {"color": "--bad", "symbol": "x-thin", "size": 8,
+                               "line": {"color": "--bad", "width": 2}}})  # fmt: skip
     return out
 
 
-def throughput(edges: np.ndarray, tokens: np.ndarray) -> Figure:
-    """Output tokens per second by arrival, of every measured request."""
-    width_s = (edges[1] - edges[0]) / 1e9
-    data = [_steps("tokens/s", edges[:-1], (tokens / width_s).round(1), PURPLE) | {"fill": "tozeroy"}]
-    return _figure("Throughput", data, xaxis={"title": "s"}, yaxis={"title": "tokens/s", "rangemode": "tozero"})
-
-
-def in_flight(rows: Rows, edges: np.ndarray) -> Figure:
-    """Requests between send and done, and requests that are due and not yet done: the queue the users feel."""
-    data = []
-    for name, starts, colour in (("due and not done", rows.due_ns, GREEN), ("in flight", rows.sent_ns, ORANGE)):
-        began, done = (
-            np.sort(starts[starts != NEVER]),
-            np.sort(rows.done_ns[(starts != NEVER) & (rows.done_ns != NEVER)]),
-        )
-        open_ = np.searchsorted(began, edges, "right") - np.searchsorted(done, edges, "right")
-        data.append(_steps(name, edges, np.maximum(open_, 0), colour))
-    return _figure("Requests", data, xaxis={"title": "s"}, yaxis={"title": "requests", "rangemode": "tozero"})
-
-
-def _steps(name: str, x_ns: np.ndarray, y: np.ndarray, colour: str) -> Figure:
-    return {"type": "scatter", "mode": "lines", "name": name, "x": _s(x_ns), "y": y.tolist(),
-            "line": {"color": colour, "width": 1.5, "shape": "hv"}}  # fmt: skip
-
-
-def _figure(title: str, data: list[Figure], **layout: Any) -> Figure:
-    base = {"title": {"text": title, "x": 0.01, "font": {"size": 14}}, "margin": {"l": 55, "r": 15, "t": 45, "b": 75},
-            "height": 340, "legend": {"orientation": "h", "y": -0.25}, "hovermode": "closest"}  # fmt: skip
-    return {"data": data, "layout": base | layout}
-
-
-def _ms(ns: np.ndarray) -> list[float]:
-    return (np.asarray(ns) / 1e6).round(3).tolist()
-
-
-def _s(ns: np.ndarray) -> list[float]:
-    return (np.asarray(ns) / 1e9).round(3).tolist()
+def _plain(text: str) -> str:
+    """Plotly reads a few HTML tags in names: none may come from a user."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from loadgen.core.evidence import assess
-from loadgen.core.metrics import concatenate, without_chunks
+from loadgen.core.metrics import join
 from loadgen.core.rehearsal import remaining
 from loadgen.core.scenario import Kind, Scenario
 from loadgen.core.search import Done, Observation, Outcome, Plan, Probe, propose
@@ -200,7 +200,7 @@ class Search:
             changes["min_queries"] = self.plan.full_queries
         run, cost_s, cut = self.prober.run(changes, max(1.0, self.plan.budget_s - self.spent_s()))
         codes = [reason["code"] for reason in run.document["verdict"]["reasons"]]
-        rows = concatenate([without_chunks(part) for part in run.rows()])
+        rows = join(run.rows())
         outcome, why = assess(run.summary, rows, codes, run.scenario, full=probe.full, goodput=self.goodput)
         if cut and outcome is Outcome.CLIENT:
             why = "cut at the end of the budget"

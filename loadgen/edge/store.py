@@ -11,6 +11,7 @@ was cut off, and `recover` seals what it has as INVALID.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -22,18 +23,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from loadgen.core.metrics import Summary, select, summarise
-from loadgen.core.record import NEVER, SCHEMA, SCHEMA_VERSION, Phase, Record, Rows
+from loadgen.core.record import NEVER, OUTCOMES, SCHEMA, SCHEMA_VERSION, Phase, Record, Rows
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import Audit, judge
 from loadgen.edge.errors import UserError
 
 _TYPES = {"int64": pa.int64(), "int32": pa.int32(), "int16": pa.int16(), "string": pa.string(),
           "list<int64>": pa.list_(pa.int64()), "list<int32>": pa.list_(pa.int32())}  # fmt: skip
+_OUTCOMES = pa.array([o.value for o in OUTCOMES])
 ARROW_SCHEMA = pa.schema([pa.field(c.name, _TYPES[c.type], metadata={"meaning": c.meaning}) for c in SCHEMA])
-GROUP_VALUES = 4_000_000  # rows + responses of one Parquet row group: bounds memory while sealing and reading
+M_MMAP_THRESHOLD = -3  # malloc.h
+DICTIONARIES = ["phase", "outcome", "error"]  # columns that repeat; for the others a dictionary is only memory
+GROUP_VALUES = 200_000  # rows + responses of one Parquet row group: bounds memory while sealing and reading
 
 
 def pack(records: list[Record]) -> pa.RecordBatch:
@@ -60,9 +65,8 @@ def to_rows(table: pa.Table) -> Rows:
             out[name] = table[name].cast(pa.int64()).fill_null(NEVER).to_numpy()
         else:
             out[name] = np.full(len(table), NEVER, dtype=np.int64)
-    phases = table["phase"].to_numpy(zero_copy_only=False)
-    out["measured"] = phases == Phase.MEASURE.value
-    out["outcome"] = table["outcome"].to_numpy(zero_copy_only=False).astype("U8")
+    out["measured"] = pc.equal(table["phase"], Phase.MEASURE.value).to_numpy()
+    out["outcome"] = pc.index_in(table["outcome"], value_set=_OUTCOMES).cast(pa.int8()).to_numpy()
     lengths = table["chunk_ns"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     out["chunk_offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     out["chunk_ns"] = table["chunk_ns"].combine_chunks().flatten().to_numpy()
@@ -146,12 +150,16 @@ def seal(folder: Path, document: dict[str, Any], scenario: Scenario, make_audit:
     """
     parquet, partial = folder / "records.parquet", folder / "records.parquet.tmp"
     try:
-        with pq.ParquetWriter(partial, ARROW_SCHEMA, compression="zstd") as writer:
+        # glibc raises this bound by itself, then keeps what was freed; sealing must not cost what running did not
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
+        with pq.ParquetWriter(partial, ARROW_SCHEMA, compression="zstd", use_dictionary=DICTIONARIES) as writer:
 
             def copied() -> Iterator[Rows]:
                 for table in stream_tables(folder / "records.arrows"):
                     writer.write_table(table)
                     yield to_rows(table)
+                    del table
+                    pa.default_memory_pool().release_unused()
 
             summary, rows = summarise(copied(), scenario)
         audit = make_audit(rows)

@@ -33,6 +33,7 @@ FLUSH_S = 0.25  # rows older than this are out of the process, so a crash costs 
 LAG_PERIOD_S = 0.01
 BACKOFF_S = 0.1  # a closed loop that met a failure waits, instead of hammering a dead server
 DEAD_AFTER = 50  # failures in a row with which a closed loop gives up
+BLOCK = 4096
 SPIN = 64  # spawns without a break; then waiting greenlets get their turn
 
 Send = Callable[[str, dict[str, Any]], None]
@@ -171,7 +172,7 @@ class LoadWorker:
         samples = sample_indices(scenario, len(self.library), len(due))
         window = scenario.kind is Kind.OFFLINE  # its cap is a window: requests wait for room, and their wait counts
         behind = 0
-        for seq, due_ns in zip(*(x.tolist() for x in schedule.stripe(due, self.index, self.workers)), strict=True):
+        for seq, due_ns in _pairs(*schedule.stripe(due, self.index, self.workers)):
             while (wait_ns := due_ns - clock()) > 0:
                 behind = 0
                 gevent.sleep(wait_ns / 1e9)
@@ -273,6 +274,12 @@ class LoadWorker:
             max_rss_bytes=peak_memory_bytes(),
         )  # fmt: skip
         return {"audit": asdict(audit), "wall_s": wall_s}
+
+
+def _pairs(seq: Int64, due_ns: Int64) -> Iterator[tuple[int, int]]:
+    """Slots as Python numbers, a block at a time: a million at once would be 70 MB of objects."""
+    for start in range(0, len(seq), BLOCK):
+        yield from zip(seq[start : start + BLOCK].tolist(), due_ns[start : start + BLOCK].tolist(), strict=True)
 
 
 def _percentiles(values: array[int]) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Sealed runs without a server: rows with latencies a test can name."""
 
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 from loadgen.core.record import Outcome, Phase, Record
@@ -10,7 +11,7 @@ from loadgen.edge import scenarios, store
 MS = 1_000_000
 
 
-def fabricate(folder: Path, count: int = 100, failures: int = 0, error: str = "reset: gone", label: str = "GPU X",
+def fabricate(folder: Path, count: int = 100, failures: int = 0, error: str | Callable[[int], str] = "reset: gone", label: str = "GPU X",
               name: str = "server", **overrides) -> store.Run:  # fmt: skip
     """Row k is due at 100k ms and sent 1 ms later; TTFT k + 1 ms from due, then two gaps of 10 ms. The last ones fail."""
     scenario = scenarios.resolve(name, "phi-2-tiny", "smoke", {"target_qps": 10, "duration_s": 0.1, **overrides})
@@ -22,7 +23,7 @@ def fabricate(folder: Path, count: int = 100, failures: int = 0, error: str = "r
         record = Record(k, k // scenario.samples_per_query, k % 5, 0, Phase.MEASURE, due, 3)
         record.sent_ns, record.done_ns = due + MS, first + 20 * MS
         if k >= count - failures:
-            record.outcome, record.error = Outcome.ERROR, error
+            record.outcome, record.error = Outcome.ERROR, error(k) if callable(error) else error
         else:
             record.first_ns, record.tokens_in, record.tokens_out, record.usage_out = first, 7, 3, 3
             record.chunk_ns = array("q", [first, first + 10 * MS, first + 20 * MS])

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from loadgen.core.record import NEVER, Rows
+from loadgen.core.record import NEVER, OUTCOMES, Rows
 
 
 def make_rows(specs: list[dict[str, Any]]) -> Rows:
@@ -33,7 +33,7 @@ def make_rows(specs: list[dict[str, Any]]) -> Rows:
         usage_out=column("usage", lambda i, s: s.get("usage", total[i])),
         asked_out=column("asked", lambda i, s: s.get("asked", total[i])),
         asked_in=column("asked_in", NEVER),
-        outcome=np.array([s.get("outcome", "ok") for s in specs], dtype="U8"),
+        outcome=np.array([OUTCOMES.index(s.get("outcome", "ok")) for s in specs], dtype=np.int8),
         chunk_offsets=np.concatenate([[0], np.cumsum([len(c) for c in chunks])]).astype(np.int64),
         chunk_ns=np.array([t for c in chunks for t in c], dtype=np.int64),
         chunk_tokens=np.array([n for t in tokens for n in t], dtype=np.int64),

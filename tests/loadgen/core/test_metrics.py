@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rows import make_rows
 
-from loadgen.core.metrics import METRICS, GapHistogram, concatenate, describe, percentile_name, summarise
+from loadgen.core.metrics import METRICS, GapHistogram, describe, join, percentile_name, summarise
 from loadgen.core.scenario import Kind, Limits
 
 MS = 1_000_000
@@ -106,7 +106,7 @@ def test_warm_up_is_left_out_and_batches_join(scenario):
     summary, rows = summarise(batches, scenario())
     assert len(rows) == 2
     assert summary["tokens_out"] == 3
-    assert len(concatenate(batches).chunk_ns) == 4
+    assert join(batches).due_ns.tolist() == [-50 * MS, 0, 0]  # in due order
 
 
 def test_in_flight_peak_counts_overlap_only(scenario):

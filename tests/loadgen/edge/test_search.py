@@ -1,0 +1,182 @@
+"""Searches through journal, options and probes: first with a made-up launcher, then the real Locust."""
+
+import json
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+from rows import make_rows
+
+from loadgen.core.metrics import summarise
+from loadgen.core.verdict import Audit, judge
+from loadgen.edge import scenarios, search_cli
+from loadgen.edge import search as searching
+from loadgen.edge.errors import UserError
+from loadgen.edge.search import Interrupted, Journal, Prober, clock, cut_after
+
+MS = 1_000_000
+
+
+class Launcher:
+    """Stands in for `launch`: a server that answers in 20 ms up to `capacity`/s, and far too late above it."""
+
+    def __init__(self, capacity, interrupt_at=None):
+        self.capacity, self.interrupt_at, self.calls = capacity, interrupt_at, []
+
+    def __call__(self, words, console):
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        self.calls.append(given)
+        over = {"target_qps": given.get("--target-qps"), "concurrency": given.get("--concurrency"),
+                "ttft_ms": given.get("--ttft-ms"), "min_queries": given.get("--min-queries")}  # fmt: skip
+        scenario = scenarios.resolve(given["--scenario"], "fake", "smoke", over)
+        load = scenario.target_qps or float(scenario.concurrency)
+        n = max(200, round(load * 10))
+        late = 5000 * MS if load > self.capacity else 20 * MS
+        specs = [{"due": i * 10_100 * MS // n, "chunks": [i * 10_100 * MS // n + late] * 2, "tokens": [1, 1]}
+                 for i in range(n)]  # fmt: skip
+        summary, rows = summarise([make_rows(specs)], scenario)
+        ended = "stopped by the user" if len(self.calls) == self.interrupt_at else None
+        verdict = judge(summary, rows, scenario, Audit((), 1, n, n, 10.0, ended=ended))
+        document = {"audit": {"ended": ended}, "verdict": verdict.to_json()}
+        run = SimpleNamespace(document=document, summary=summary, scenario=scenario, valid=verdict.valid,
+                              rows=lambda: [rows], folder=f"run-{len(self.calls)}")  # fmt: skip
+        return SimpleNamespace(run=run)
+
+
+@pytest.fixture
+def invoke(monkeypatch, tmp_path):
+    def invoke(launcher, command, *words):
+        monkeypatch.setattr(search_cli, "Prober", lambda o, e, c: Prober(o, e, c, launch=launcher))
+        arguments = [*words, "--model", "fake", "--results", str(tmp_path)]
+        return CliRunner().invoke(command, arguments)
+
+    return invoke
+
+
+def test_a_search_finds_the_rate_and_names_its_run(invoke, tmp_path):
+    launcher = Launcher(30)
+    result = invoke(launcher, search_cli.search, "server", "--target-qps", "4", "--ttft-ms", "100", "--format", "json")
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 0 and answer["code"] == "found"
+    assert 0.97 * 30 <= answer["rate"] <= 30 < answer["failed"]
+    confirmed = launcher.calls[int(answer["run"].removeprefix("run-")) - 1]
+    assert float(confirmed["--target-qps"]) == answer["rate"] and "--run-time" not in confirmed
+    journal = json.loads(next(tmp_path.glob("search-*.json")).read_text())
+    assert len(journal["entries"]) == len(launcher.calls) == answer["probes"]
+
+
+def test_an_interrupted_search_goes_on_to_the_same_answer(invoke):
+    words = ("server", "--target-qps", "4", "--ttft-ms", "100", "--format", "json")
+    cut = Launcher(30, interrupt_at=6)
+    first = invoke(cut, search_cli.search, *words)
+    assert first.exit_code == 3 and "run the same command again" in first.output
+    rest = Launcher(30)
+    resumed = invoke(rest, search_cli.search, *words)
+    whole = Launcher(30)
+    anew = invoke(whole, search_cli.search, *words, "--restart")
+    assert json.loads(resumed.stdout)["rate"] == json.loads(anew.stdout)["rate"]
+    assert cut.calls[:5] + rest.calls == whole.calls
+    again = Launcher(30)
+    assert invoke(again, search_cli.search, *words).exit_code == 0 and again.calls == []
+
+
+def test_concurrency_and_calibration(invoke):
+    launcher = Launcher(11)
+    result = invoke(launcher, search_cli.search, "concurrency", "--ttft-ms", "100", "--format", "json")
+    assert json.loads(result.stdout)["rate"] == 11
+    launcher = Launcher(1000)
+    invoke(launcher, search_cli.search, "server", "--ttft-ms", "100", "--max-qps", "40")
+    assert launcher.calls[0]["--scenario"] == "concurrency" and "--target-qps" not in launcher.calls[0]
+
+
+def test_nothing_found_is_exit_code_3(invoke):
+    result = invoke(Launcher(0), search_cli.search, "server", "--target-qps", "1", "--ttft-ms", "100")
+    assert result.exit_code == 3 and "no rate was found" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("offline",), "nothing to search"),
+        (("concurrency",), "no latency limit"),
+        (("server", "--budget", "5s"), "no room"),
+        (("server", "--budget", "soon"), "--budget is 'soon'"),
+        (("server", "--goodput", "99"), "share between"),
+        (("server", "--max-concurrency", "4"), "--max-concurrency"),
+    ],
+)
+def test_bad_input_is_said_before_any_probe(invoke, words, message):
+    launcher = Launcher(1)
+    result = invoke(launcher, search_cli.search, *words)
+    assert isinstance(result.exception, UserError) and message in str(result.exception)
+    assert launcher.calls == []
+
+
+def test_a_sweep_gives_its_table_and_resumes(invoke):
+    words = ("server", "--rates", "4,16,64", "--ttft-ms", "100", "--repeats", "2")
+    cut = Launcher(30, interrupt_at=3)
+    assert invoke(cut, search_cli.sweep, *words).exit_code == 3
+    rest = Launcher(30)
+    result = invoke(rest, search_cli.sweep, *words, "--format", "json")
+    points = json.loads(result.stdout)["points"]
+    assert [(p["value"], p["valid"], p["repeats"]) for p in points] == [(4, 2, 2), (16, 2, 2), (64, 0, 2)]
+    assert len(rest.calls) == 4 and result.exit_code == 3
+    table = invoke(Launcher(30), search_cli.sweep, *words, "--format", "markdown").stdout
+    assert table.count("\n") == 5 and "ttft_limit" in table
+    order = [float(c["--target-qps"]) for c in cut.calls[:2] + rest.calls]
+    assert order != [4, 16, 64] * 2 and sorted(order) == [4, 4, 16, 16, 64, 64]
+
+
+def test_a_damaged_journal_is_a_user_error(tmp_path):
+    journal = Journal.open("search", tmp_path, {"a": 1})
+    journal.append({"x": 1})
+    assert Journal.open("search", tmp_path, {"a": 1}).entries == [{"x": 1}]
+    assert Journal.open("search", tmp_path, {"a": 2}).entries == []
+    journal.path.write_text("{")
+    with pytest.raises(UserError, match="--restart"):
+        Journal.open("search", tmp_path, {"a": 1})
+    assert Journal.open("search", tmp_path, {"a": 1}, restart=True).entries == []
+    assert len(list(tmp_path.glob("*.old"))) == 1
+
+
+def test_the_end_of_the_budget_cuts_a_run_and_is_no_interruption():
+    def slow(words, console):
+        heard = []
+        before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))  # as `launch` does
+        while not heard:
+            time.sleep(0.01)
+        signal.signal(signal.SIGTERM, before)
+        return SimpleNamespace(run=SimpleNamespace(document={"audit": {"ended": "stopped by the user (x)"}}))
+
+    prober = Prober({}, (), Console(), launch=slow)
+    assert prober.run({}, limit_s=0.1)[2] is True
+    stopped = SimpleNamespace(run=SimpleNamespace(document={"audit": {"ended": searching.STOPPED}}))
+    with pytest.raises(Interrupted):
+        Prober({}, (), Console(), launch=lambda *_: stopped).run({}, limit_s=60)
+    with cut_after(None) as late:
+        assert not late.is_set()
+
+
+def test_clock():
+    assert [clock(s) for s in (5, 75, 4000)] == ["0:05", "1:15", "1:06:40"]
+
+
+@pytest.mark.slow
+def test_the_real_locust_finds_what_the_fake_server_carries(fake_triton, tmp_path):
+    """2 decode slots of some 160 ms each: a little under 13 requests/s."""
+    fake_triton.plan({"server": {"capacity": 2}, "ttft_ms": 50, "itl_ms": 25})
+    started = time.monotonic()
+    words = ["server", "--host", fake_triton.url, "--model", "fake", "--output-tokens", "5", "--ttft-ms", "1000",
+             "--target-qps", "9", "--run-time", "3s", "--probe-time", "1s", "--budget", "50s", "--warmup", "2",
+             "--results", str(tmp_path), "--format", "json"]  # fmt: skip
+    result = CliRunner().invoke(search_cli.search, words)
+    assert time.monotonic() - started < 60
+    answer = json.loads(result.stdout)
+    if answer["code"] == "client":
+        pytest.skip("the load generator was late on this machine: no evidence about the server")
+    assert answer["spent_s"] <= 52 and answer["rate"] is not None
+    assert 4 <= answer["rate"] <= 18  # 3 s runs let a queue of 1 s grow: some way above is VALID
+    assert json.loads((tmp_path / answer["run"] / "run.json").read_text())["verdict"]["valid"] is True
