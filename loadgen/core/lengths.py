@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.optimize
 
 from loadgen.core.record import Int64
 
@@ -104,6 +103,8 @@ def _least_assuming(maximum: int, mean: float | None) -> npt.NDArray[np.float64]
         exponents = rate * (steps - (maximum if rate > 0 else 1))
         raised = np.exp(exponents)
         return np.asarray(raised / raised.sum())
+
+    import scipy.optimize  # late: every load worker imports this file, and few need 20 MB for it
 
     edge = 50.0
     rate = scipy.optimize.brentq(lambda r: math.fsum(weights(r) * steps) - mean, -edge, edge)

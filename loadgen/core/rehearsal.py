@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from loadgen.core.search import GROWTH, ROUGH, Observation, Outcome, Plan, Probe, excess_s, propose
+from loadgen.core.search import GROWTH, ROUGH, Observation, Outcome, Plan, Probe, advance, excess_s, replay
 
 
-def remaining(plan: Plan, history: Sequence[Observation], servers: int = 16) -> tuple[float, float]:
+def remaining(plan: Plan, history: Sequence[Observation], servers: int = 8) -> tuple[float, float]:
     """How many more seconds the search will take, from and to: three quarters of the made-up servers lie between.
 
     Their boundaries are spread evenly (in logarithm) over the rates that `history` leaves possible, and a bit beyond;
@@ -24,13 +24,13 @@ def remaining(plan: Plan, history: Sequence[Observation], servers: int = 16) -> 
     totals = []
     for k in range(servers):
         boundary = low * (high / low) ** ((k + 0.5) / servers)
-        made, total = list(history), 0.0
-        while isinstance(probe := propose(plan, made), Probe):
+        (steps, probe), total = replay(plan, history), 0.0
+        while isinstance(probe, Probe):
             near = not probe.full and abs(math.log(probe.rate / boundary)) < plan.precision
             outcome = Outcome.UNSURE if near else Outcome.PASS if probe.rate <= boundary else Outcome.FAIL
             cost = probe.seconds * max(1.0, min(GROWTH, probe.rate / boundary)) + excess  # an overload has to drain
-            made.append(Observation(probe.rate, probe.seconds, probe.full, outcome, cost, "", requests(probe)))
-            total += cost
+            seen = Observation(probe.rate, probe.seconds, probe.full, outcome, cost, "", requests(probe))
+            total, probe = total + cost, advance(steps, seen)
         totals.append(total)
     totals.sort()
     return totals[servers // 8], totals[-1 - servers // 8]

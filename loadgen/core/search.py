@@ -142,15 +142,23 @@ class _StopError(Exception):
 
 def propose(plan: Plan, history: Sequence[Observation]) -> Probe | Done:
     """The next probe after `history`, or the end. Observations that the plan has no use for are passed over."""
+    return replay(plan, history)[1]
+
+
+def replay(plan: Plan, history: Sequence[Observation]) -> tuple[Steps, Probe | Done]:
+    """The steps of a search, `history` behind them, and what they ask for now; `advance` takes them on."""
     steps, unused = _Search(plan).steps(), list(history)
+    asked = advance(steps)
+    while isinstance(probe := asked, Probe) and (match := next((o for o in unused if o.answers(probe)), None)):
+        unused.remove(match)
+        asked = advance(steps, match)
+    return steps, asked
+
+
+def advance(steps: Steps, seen: Observation | None = None) -> Probe | Done:
+    """What the steps ask for after `seen`, or at the beginning."""
     try:
-        probe = next(steps)
-        while True:
-            match = next((o for o in unused if o.answers(probe)), None)
-            if match is None:
-                return probe
-            unused.remove(match)
-            probe = steps.send(match)
+        return next(steps) if seen is None else steps.send(seen)
     except StopIteration as end:
         done: Done = end.value
         return done
@@ -158,7 +166,7 @@ def propose(plan: Plan, history: Sequence[Observation]) -> Probe | Done:
 
 def excess_s(history: Sequence[Observation]) -> float:
     """Seconds that a run takes beyond its length: the most that one that passed took, or a guess."""
-    return max((o.cost_s - o.seconds for o in history if o.outcome is Outcome.PASS), default=OVERHEAD_S)
+    return max(0.0, max((o.cost_s - o.seconds for o in history if o.outcome is Outcome.PASS), default=OVERHEAD_S))
 
 
 class _Search:

@@ -20,8 +20,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr, stdtr
-from scipy.stats import theilslopes
+from scipy.special import ndtr, ndtri, stdtr
 
 from loadgen.core.dependence import Float, ranks, variance_inflation
 from loadgen.core.record import Int64
@@ -130,6 +129,24 @@ def geweke(series: Float) -> float:
     return min(1.0, 3 * smallest)
 
 
+def theil_sen(y: Float, x: Float, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Median of the slopes of all pairs, and its interval after Sen (1968), with ties: (slope, low, high).
+
+    As scipy.stats.theilslopes, whose import costs the load generator half a second and 45 MB.
+    """
+    ascending = x[:, None] < x[None, :]
+    slopes = np.sort(((y[None, :] - y[:, None])[ascending]) / ((x[None, :] - x[:, None])[ascending]))
+    n = len(y)
+    variance = float(n * (n - 1) * (2 * n + 5))
+    for values in (x, y):
+        ties = np.unique(values, return_counts=True)[1].astype(np.float64)
+        variance -= float((ties * (ties - 1) * (2 * ties + 5)).sum())
+    reach = -float(ndtri((1 - confidence) / 2)) * math.sqrt(variance / 18)
+    low = max(round((len(slopes) - reach) / 2) - 1, 0)
+    high = min(round((len(slopes) + reach) / 2), len(slopes) - 1)
+    return float(np.median(slopes)), float(slopes[low]), float(slopes[high])
+
+
 def mann_kendall(values: Float) -> float:
     """p-value that `values` (at most a few hundred) have no trend, two-sided, corrected as Hamed and Rao do.
 
@@ -167,7 +184,7 @@ def _drift(due_ns: Int64, latencies: Float) -> dict[str, Any]:
     known = np.isfinite(medians)
     if known.sum() < 5 or np.ptp(minutes[known]) <= 0:
         return {"trend_p": p, "matters": False}
-    slope, _, low, high = theilslopes(medians[known], minutes[known], alpha=0.95)
+    slope, low, high = theil_sen(medians[known], minutes[known])
     moved = abs(slope) * (due_ns[-1] - due_ns[0]) / _MINUTE_NS
     return {
         "slope_ns_per_minute": float(slope),

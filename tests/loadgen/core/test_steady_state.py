@@ -8,7 +8,7 @@ from rows import make_rows
 from scipy.signal import lfilter
 
 from loadgen.core.metrics import summarise
-from loadgen.core.steady_state import geweke, mann_kendall, mser5, steady_state
+from loadgen.core.steady_state import geweke, mann_kendall, mser5, steady_state, theil_sen
 from loadgen.core.verdict import Audit, judge
 
 S = 1_000_000_000
@@ -120,3 +120,13 @@ def test_false_alarm_rate(phi, n):
     rng = np.random.default_rng(8)
     alarms = [not steady_state(due(n, rng), S * ar1(phi, n, rng)).steady for _ in range(400)]
     assert np.mean(alarms) <= 0.05
+
+
+def test_theil_sen_is_scipys():
+    from scipy.stats import theilslopes
+
+    rng = np.random.default_rng(3)
+    for n in (5, 20, 60):
+        x, y = np.round(rng.random(n) * 10, 1), np.round(rng.random(n), 1)  # with ties
+        slope, _, low, high = theilslopes(y, x, alpha=0.95)
+        assert theil_sen(y, x) == pytest.approx((slope, low, high))
