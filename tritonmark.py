@@ -1,4 +1,4 @@
-"""The front door: `tritonmark models | export | serve | run | report | bench`.
+"""The front door: `tritonmark models | export | serve | run | sweep | search | report | check | submission | bench`.
 
 Exit codes: 0 VALID or done; 3 INVALID; 2 bad input, in one line; 1 a bug.
 """
@@ -20,6 +20,7 @@ from exporters.export import export_model
 from exporters.server import TritonServer
 from loadgen.core.scenario import Kind
 from loadgen.edge import report, report_html, scenarios
+from loadgen.edge.command_options import arguments
 from loadgen.edge.launch import Launched, launch
 from loadgen.edge.store import Run
 
@@ -84,7 +85,7 @@ def run_bench(
     with TritonServer(repository, models=[model], log_path=results_log(results)) as server:
         common = {"host": server.http_url, "model": model, "preset": preset}
         step(console, "warm up and calibrate: 16 requests in flight")
-        ceiling = launch(loadgen.cli.arguments(common | CALIBRATION | {"preset": "smoke", "results": scratch}), console)
+        ceiling = launch(arguments(common | CALIBRATION | {"preset": "smoke", "results": scratch}), console)
         capacity = calibrated(ceiling.run)
         launched = []
         for name in names:
@@ -97,7 +98,7 @@ def run_bench(
                 "results": results,
             }
             step(console, f"{name}" + (f" at {rate[name]:g} requests/s" if name in rate else ""))
-            launched.append(launch(loadgen.cli.arguments(options), console))
+            launched.append(launch(arguments(options), console))
             if launched[-1].interrupted:
                 break
     return launched

@@ -9,10 +9,11 @@ Each runs the real `locust -f loadgen/llm.py` in its own process and prints figu
 
 from __future__ import annotations
 
-import resource
+import contextlib
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,8 @@ from loadgen.edge import store  # noqa: E402
 
 LOCUST = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadgen" / "llm.py"), "--headless", "--only-summary"]
 
+peak_mb: dict[int, float] = {}  # most resident memory of each load process, sealing included
+
 
 def measure(plan: dict, *arguments: str) -> store.Run:
     """One run against a fresh null server."""
@@ -31,7 +34,14 @@ def measure(plan: dict, *arguments: str) -> store.Run:
     try:
         with tempfile.TemporaryDirectory() as results:
             command = [*LOCUST, "--host", server.url, "--model", "null", "--results", results, *arguments]
-            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            while process.poll() is None:
+                with contextlib.suppress(OSError, IndexError):
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    peak_mb[process.pid] = int(status.split("VmHWM:")[1].split()[0]) / 1e3
+                time.sleep(0.1)
             (folder,) = {p.parent for p in Path(results).rglob("run.json")}
             return store.load(folder)
     finally:
@@ -63,10 +73,9 @@ def soak() -> None:
         run = measure({}, "--scenario", "offline", "--target-qps", "1", "--min-queries", str(count),
                       "--output-tokens", "4", "--max-in-flight", "64")  # fmt: skip
         w = run.document["audit"]["workers"][0]
-        whole = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         print(f"{run.summary['completed']:,} requests in {run.summary['duration_s']:.0f} s: peak memory "
               f"{w['max_rss_bytes'] / 1e6:.0f} MB while running, "
-              f"{whole / 1e6:.0f} MB with sealing", flush=True)  # fmt: skip
+              f"{[*peak_mb.values()][-1]:.0f} MB with sealing", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

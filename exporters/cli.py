@@ -52,15 +52,29 @@ def models(as_json: bool) -> None:
 @click.option("--precision", help="bf16, fp16 or fp32.  [default: the model's first]")
 @click.option("--seed", default=0, show_default=True, help="Of synthetic weights.")
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
+@click.option(
+    "--reference", type=click.IntRange(0), help="Reference answers for `run accuracy`.  [default: 16 for tiny models]"
+)
+@click.option("--reference-prompts", type=click.Path(path_type=Path), help="JSONL.  [default: the corpus's sentences]")
 @click.option("--force", is_flag=True, help="Replace an existing export in one step.")
 def export(
     model: str, backend: str, weights: str, out: Path, name: str | None, precision: str | None, seed: int,
-    device: str, force: bool,
+    device: str, force: bool, reference: int | None, reference_prompts: Path | None,
 ) -> None:  # fmt: skip
     """Write MODEL as a Triton model into a model repository."""
     started = time.monotonic()
     folder = export_model(
-        model, backend, weights, out, name=name, precision=precision, seed=seed, device=device, force=force
+        model,
+        backend,
+        weights,
+        out,
+        name=name,
+        precision=precision,
+        seed=seed,
+        device=device,
+        force=force,
+        reference=(16 if model.endswith("-tiny") else 0) if reference is None else reference,
+        reference_prompts=reference_prompts,
     )
     click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")
 

@@ -13,6 +13,7 @@ from exporters import layout
 from exporters.catalogue import find_model
 from exporters.config_pbtxt import render
 from exporters.errors import UserError
+from exporters.reference import write_reference
 from exporters.registry import Order, find_exporter
 
 TOOLS = ("tritonmark", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -29,13 +30,16 @@ def export_model(
     seed: int = 0,
     device: str = "auto",
     force: bool = False,
+    reference: int = 0,
+    reference_prompts: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write `out/name` and return it; `out/name/manifest.json` says what it is.
 
     `weights` is `synthetic`, `hub` or a folder; `precision` defaults to the model's first one, `name` to its own
-    name. `device` is `auto` (the GPU that Triton gives, else the CPU) or `cpu`. Bad input is a UserError, and then,
-    as after a crash, nothing appears in `out`.
+    name. `device` is `auto` (the GPU that Triton gives, else the CPU) or `cpu`. That many `reference` answers of plain
+    `generate` go into `reference.jsonl` (see `reference.py`). Bad input is a UserError, and then, as after a crash,
+    nothing appears in `out`.
     """
     order = _check(model, backend, weights, name, precision, seed, device)
     build = find_exporter(order.model.family, backend)
@@ -53,6 +57,9 @@ def export_model(
         facts = _facts(order, json.loads((version / "settings.json").read_text(encoding="utf-8")))
         config = replace(config, parameters={**config.parameters, **_provenance(facts)})
         (folder / "config.pbtxt").write_text(render(config), encoding="utf-8")
+        if reference:
+            tell(f"answering {reference} reference prompts with plain generate")
+            write_reference(version, reference, reference_prompts)
         layout.write_manifest(folder, facts)
     tell(f"wrote {out / order.name}")
     return out / order.name

@@ -82,12 +82,13 @@ def staged(out: Path, name: str, force: bool = False) -> Iterator[Path]:
         _refuse_existing(target)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=out))
+        with _alone_in(out):  # or another export could sweep the new folder away before its lock is held
+            _sweep(out)
+            staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=out))
+            lock = (staging / "lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}); choose another folder with --out") from None
-    lock = (staging / "lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         folder = staging / name
         folder.mkdir()
@@ -98,6 +99,17 @@ def staged(out: Path, name: str, force: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         lock.close()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Only one process at a time is inside, for one folder. The lock is on the folder itself, so it leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_existing(target: Path) -> None:

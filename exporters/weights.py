@@ -56,7 +56,7 @@ def write_synthetic(model: Model, precision: str, seed: int, folder: Path) -> Wr
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    with _import_path(Path(__file__).with_name("runtime")):
+    with import_path(Path(__file__).with_name("runtime")):
         from llm_engine import DTYPES, draw_weights
     decodable = train_tokenizer(folder)
     config = getattr(transformers, model.config_class)(**model.config)
@@ -80,7 +80,7 @@ def write_pretrained(model: Model, precision: str, weights: str, folder: Path) -
     """Weights from the hub's pinned revision or from the local folder `weights`, converted to `precision`."""
     import transformers
 
-    with _import_path(Path(__file__).with_name("runtime")):
+    with import_path(Path(__file__).with_name("runtime")):
         from llm_engine import DTYPES
     where, options, source = _locate(model, weights)
     try:
@@ -126,7 +126,7 @@ def _reason(model: Model, where: str, weights: str, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _import_path(folder: Path) -> Iterator[None]:
+def import_path(folder: Path) -> Iterator[None]:
     """Import the runtime's modules the way Triton does: by their bare names, from their own folder."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, str(folder))

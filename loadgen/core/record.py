@@ -76,6 +76,14 @@ SCHEMA: tuple[Column, ...] = (
 
 
 @dataclass(slots=True)
+class Answer:
+    """What a server said, kept in accuracy mode only: the pieces of its text, and its token ids."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
+
+
+@dataclass(slots=True)
 class Record:
     """A row while it is being made. `chunk_ns` and `chunk_tokens` are typed arrays: 12 bytes a token, no objects."""
 
@@ -97,6 +105,7 @@ class Record:
     chunk_tokens: array[int] = field(default_factory=lambda: array("i"))
     outcome: Outcome = Outcome.CUT
     error: str | None = None
+    answer: Answer | None = None  # no column: accuracy mode writes it to a file of its own
 
 
 @dataclass(frozen=True)

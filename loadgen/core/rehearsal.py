@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from loadgen.core.search import GROWTH, ROUGH, Observation, Outcome, Plan, Probe, advance, excess_s, replay
 
+MOST_RUNS = 16  # of full length in one rehearsal: a server that needs more can't be foretold anyway
 
-def remaining(plan: Plan, history: Sequence[Observation], servers: int = 8) -> tuple[float, float]:
-    """How many more seconds the search will take, from and to: three quarters of the made-up servers lie between.
+
+def remaining(plan: Plan, history: Sequence[Observation], servers: int = 6) -> tuple[float, float]:
+    """How many more seconds the search will take, from and to: the quickest and the slowest of the made-up servers.
 
     Their boundaries are spread evenly (in logarithm) over the rates that `history` leaves possible, and a bit beyond;
-    their runs take as much longer than asked as those seen did.
+    their runs take as much longer than asked as those seen did. A rehearsal ends after 16 full-length runs.
     """
     low, high = _possible(plan, history)
     excess = excess_s(history)
@@ -25,7 +27,9 @@ def remaining(plan: Plan, history: Sequence[Observation], servers: int = 8) -> t
     for k in range(servers):
         boundary = low * (high / low) ** ((k + 0.5) / servers)
         (steps, probe), total = replay(plan, history), 0.0
-        while isinstance(probe, Probe):
+        runs = 0
+        while isinstance(probe, Probe) and runs < MOST_RUNS:
+            runs += probe.full
             near = not probe.full and abs(math.log(probe.rate / boundary)) < plan.precision
             outcome = Outcome.UNSURE if near else Outcome.PASS if probe.rate <= boundary else Outcome.FAIL
             cost = probe.seconds * max(1.0, min(GROWTH, probe.rate / boundary)) + excess  # an overload has to drain
@@ -33,7 +37,7 @@ def remaining(plan: Plan, history: Sequence[Observation], servers: int = 8) -> t
             total, probe = total + cost, advance(steps, seen)
         totals.append(total)
     totals.sort()
-    return totals[servers // 8], totals[-1 - servers // 8]
+    return totals[0], totals[-1]
 
 
 def _possible(plan: Plan, history: Sequence[Observation]) -> tuple[float, float]:

@@ -101,6 +101,9 @@ class Scenario:
     salt_seed: int | None = None
     sample_order: str = UNIFORM
     library_size: int = 0
+    keep_outputs: bool = False  # accuracy mode: each prompt once, answers kept, nothing asked of speed
+    reference: str | None = None
+    min_agreement: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain types, for `run.json` and for the message that workers receive."""

@@ -29,6 +29,7 @@ from loadgen.core.record import NEVER, Rows
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import Audit, WorkerAudit
 from loadgen.edge import store
+from loadgen.edge.accuracy import AnswerWriter, assess
 from loadgen.edge.errors import UserError
 from loadgen.edge.worker import due_times
 
@@ -69,6 +70,7 @@ class Conductor:
         }
         start = self.document | {"scenario": scenario.to_json(), "scheduled": self.scheduled, "workers": workers}
         self.writer = store.RunWriter(folder, start)
+        self.answers = AnswerWriter(folder) if scenario.keep_outputs else None
         self.ready: set[int] = set()
         self.ends: dict[int, dict[str, Any]] = {}
         self.lost: set[int] = set()
@@ -121,6 +123,11 @@ class Conductor:
             self.state[worker] = {"in_flight": data["in_flight"], "sent": data["sent"]}
             if data["batch"]:
                 self._record(data["batch"])
+            if self.answers and data.get("answers"):
+                try:
+                    self.answers.write(data["answers"])
+                except OSError as error:
+                    self.cut(f"answers could not be written: {error.strerror or error}")
 
     def _record(self, packed: bytes) -> None:
         batch = pa.ipc.read_record_batch(pa.py_buffer(packed), store.ARROW_SCHEMA)
@@ -174,7 +181,10 @@ class Conductor:
         self.progress(self.snapshot())
         self.writer.close()
         try:
-            self.run = store.seal(self.writer.folder, self.document, self.scenario, self._audit)
+            if self.answers:
+                self.answers.close()
+            more = assess if self.answers else None
+            self.run = store.seal(self.writer.folder, self.document, self.scenario, self._audit, more)
         except UserError as error:
             self.error = error
         finally:

@@ -17,6 +17,7 @@ import resource
 import sys
 import time
 from argparse import Namespace
+from array import array
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 from loadgen.core.record import Outcome, Record
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import WorkerAudit
-from loadgen.edge import hardware, scenarios
+from loadgen.edge import accuracy, hardware, scenarios
 from loadgen.edge.clients.triton_http import probe
 from loadgen.edge.conductor import Conductor
 from loadgen.edge.errors import UserError
-from loadgen.edge.mlperf_log import write_logs
+from loadgen.edge.mlperf_log import write_accuracy_logs, write_logs
 from loadgen.edge.options import OPTIONS, PROGRESS_FD
 from loadgen.edge.samples import PromptLibrary
 from loadgen.edge.worker import LoadWorker
@@ -164,6 +165,7 @@ class Control:
         scenario = scenarios.resolve(options.scenario, options.model, options.preset, overrides)
         library = PromptLibrary(scenario.prompts, scenario)
         scenario = scenarios.sized(scenario, len(library))
+        accuracy.check(scenario)
         host = self.environment.host or ""
         server = probe(host, options.model)
         parameters = server.pop("parameters")
@@ -224,7 +226,12 @@ class Control:
         """Tells where the run is and what it came to; returns the exit code: 0 VALID, 3 INVALID."""
         run = self.conductor.run
         try:
-            write_logs(run)
+            if run.scenario.keep_outputs:
+                kept = ((a["sample"], array("i", a["token_ids"]).tobytes(), len(a["token_ids"]))
+                        for a in accuracy.answers(run.folder))  # fmt: skip
+                write_accuracy_logs(run, run.folder, kept)
+            else:
+                write_logs(run)
         except OSError as error:  # they can be written again from the sealed run; the verdict stands
             log.warning("LoadGen's files were not written: %s", error)
         self.progress({"phase": "sealed", "folder": str(run.folder), "headline": run.document["verdict"]["headline"]})

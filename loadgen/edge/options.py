@@ -64,6 +64,10 @@ OPTIONS: tuple[Option, ...] = (
            choices=("on", "off"), override="salt"),
     Option("--salt-seed", "salt from this seed and not from the run: equal prompts for an A/B pair", int,
            override="salt_seed"),
+    Option("--reference", "accuracy: JSONL with prompts and the token ids they should give, from an export",
+           override="reference"),
+    Option("--min-agreement", "accuracy: least share of reference tokens before an answer leaves it, 0 to 1", float,
+           override="min_agreement"),
     Option("--results", "folder for sealed runs", default="results"),
     Option("--hardware", "label of the server's hardware (default: probed where the server is local)"),
 )  # fmt: skip

@@ -112,6 +112,8 @@ def _verdict(run: Run, console: Console, named: bool) -> None:
         headline = Text.assemble((report_data.facts(run)["scenario"] + ": ", "bold"), headline)
     console.print()
     console.print(headline)
+    for line in report_data.accuracy(run):
+        console.print(Padding(Text(line), (0, 0, 0, 2)))
     for key, title in REMARKS:
         # Beside others a run's headline is enough to say what it lacks; alone it gets the advice too.
         for reason in () if named and key == "lacking" else verdict.get(key) or ():
@@ -146,6 +148,7 @@ def markdown(runs: Sequence[Run]) -> str:
 def _md_verdict(run: Run) -> list[str]:
     verdict = run.document["verdict"]
     out = [f"**{_md(report_data.facts(run)['scenario'])}: {_md(verdict['headline'])}**", ""]
+    out += [f"- {_md(line)}" for line in report_data.accuracy(run)]
     for key, title in REMARKS:
         for r in verdict.get(key) or ():
             code, seen, limit, advice = (_md(r[k]) for k in ("code", "seen", "limit", "advice"))

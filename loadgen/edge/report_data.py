@@ -188,6 +188,15 @@ def _exponent(value: float) -> int:
     return int(f"{value:e}".split("e")[1])
 
 
+def accuracy(run: Run) -> list[str]:
+    """One line on how far the answers equal the reference; none for a run without one."""
+    seen = run.summary.get("accuracy") or {}
+    if "token_agreement" not in seen:
+        return []
+    equal, share = f"{seen['equal']} of {seen['samples']}", seen["token_agreement"]
+    return [f"accuracy: {equal} answers equal the reference; token agreement {share * 100:.4g} %"]
+
+
 def facts(run: Run) -> dict[str, str]:
     """What was run on what, in short words. Facts that runs share go into a title, others into the columns."""
     document, scenario = run.document, run.scenario

@@ -98,7 +98,8 @@ def _header(runs: Sequence[Run]) -> str:
 
 def _headline(run: Run) -> str:
     word, rest = run.document["verdict"]["headline"].partition(" ")[::2]
-    return f'<span class="{"valid" if run.valid else "invalid"}">{escape(word)}</span> {escape(rest)}'
+    more = "".join(f"; {escape(line)}" for line in report_data.accuracy(run))
+    return f'<span class="{"valid" if run.valid else "invalid"}">{escape(word)}</span> {escape(rest)}{more}'
 
 
 def _name(run: Run, runs: Sequence[Run]) -> str:

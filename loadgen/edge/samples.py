@@ -51,7 +51,8 @@ class PromptLibrary:
         self.asked_out = lengths.draw(asked, len(bare), scenario.prompt_seed + 1)
         told = "\0".join(bare) + "\0" + ",".join(map(str, self.asked_out.tolist()))
         self.sha256 = hashlib.sha256(told.encode()).hexdigest()
-        self._bodies = [_body(text, tokens) for text, tokens in zip(self.texts, self.asked_out.tolist(), strict=True)]
+        pairs = zip(self.texts, self.asked_out.tolist(), strict=True)
+        self._bodies = [_body(text, tokens, scenario.keep_outputs) for text, tokens in pairs]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -74,8 +75,10 @@ class PromptLibrary:
         return known | {"output_tokens": int(self.asked_out.sum())}
 
 
-def _body(text: str, tokens: int) -> bytes:
+def _body(text: str, tokens: int, ids: bool) -> bytes:
     rest = {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True, "temperature": 0.0, "stream": True}
+    if ids:
+        rest["return_token_ids"] = True
     return b'"text_input":' + json.dumps(text).encode() + b"," + json.dumps(rest)[1:].encode()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from loadgen.core import lengths, sample_order
 from loadgen.core.scenario import EQUAL_ISSUE, SAMPLE_ORDERS, UNIFORM, Kind, Limits, Minimums, Scenario, Seeds
+from loadgen.edge.accuracy import read_reference
 from loadgen.edge.errors import UserError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -73,6 +74,7 @@ def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str
     benchmark = _benchmark(str(over.get("benchmark") or bound.get(name) or bound["benchmark"]), rules)
     kind = Kind(data["kind"])
     mlperf = _minimums(data["mlperf"], kind, benchmark)
+    accuracy = _accuracy(data, over)
     scenario = Scenario(
         name=name,
         kind=kind,
@@ -93,6 +95,7 @@ def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str
         timeout_s=positive(over, "timeout_s", 600.0),
         sample_order=_order(kind, preset, benchmark, over),
         **_prompts(over, bound["output_tokens"]),
+        **accuracy,
     )
     _check(scenario)
     return scenario
@@ -110,11 +113,13 @@ def sized(scenario: Scenario, library: int) -> Scenario:
         latency_ns = max(1, round(1e9 / (scenario.target_qps or 1.0)))
         count = sample_order.single_stream_min_queries(minimums.queries, milliseconds, latency_ns, library)
         minimums = replace(minimums, queries=count)
+    if scenario.keep_outputs:
+        minimums = Minimums(queries=library)
     return replace(scenario, library_size=library, minimums=minimums)
 
 
 def _check(scenario: Scenario) -> None:
-    if scenario.kind.open_loop and scenario.target_qps is None:
+    if scenario.kind.open_loop and scenario.target_qps is None and not scenario.keep_outputs:
         use = "the arrival rate" if scenario.kind is Kind.SERVER else "the rate you expect, which sets the sample count"
         raise UserError(f"scenario {scenario.name} needs --target-qps: {use}")
     if scenario.target_qps and scenario.target_qps * scenario.minimums.duration_ns / 1e9 > MAX_SLOTS:
@@ -139,8 +144,29 @@ def _minimums(data: Mapping[str, Any], kind: Kind | None = None, benchmark: str 
 
 
 def _overridden(minimums: Minimums, over: Mapping[str, Any]) -> Minimums:
-    duration_ns = round(positive(over, "duration_s", minimums.duration_ns / 1e9) * 1e9)
+    duration_ns = minimums.duration_ns
+    if "duration_s" in over:
+        duration_ns = round(positive(over, "duration_s") * 1e9)
     return Minimums(duration_ns, whole(over, "min_queries", minimums.queries, least=0), minimums.early_stopping)
+
+
+def _accuracy(data: Mapping[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy mode's fields. A reference brings its prompts and its answer length; a salt would change the answers."""
+    if not data.get("keep_outputs"):
+        for name in ("reference", "min_agreement"):
+            if name in over:
+                raise UserError(f"{_option(name)} belongs to `tritonmark run accuracy`; leave it out")
+        return {}
+    over.setdefault("salt", "off")
+    if "reference" in over:
+        over.setdefault("prompts", over["reference"])
+        over.setdefault("output_tokens", max(map(len, read_reference(Path(str(over["reference"]))))))
+    elif "min_agreement" in over:
+        raise UserError("--min-agreement needs --reference FILE to agree with")
+    least = positive(over, "min_agreement") if "min_agreement" in over else None
+    if least and least > 1:
+        raise UserError(f"--min-agreement is {least:g}; it is a share, at most 1")
+    return {"keep_outputs": True, "reference": over.get("reference"), "min_agreement": least}
 
 
 def _limits(name: str, benchmark: str, rules: str, required: bool, over: Mapping[str, Any]) -> Limits:

@@ -28,6 +28,7 @@ from loadgen.core.rehearsal import remaining
 from loadgen.core.scenario import Kind, Scenario
 from loadgen.core.search import Done, Observation, Outcome, Plan, Probe, propose
 from loadgen.edge import launch as launching
+from loadgen.edge.command_options import arguments
 from loadgen.edge.errors import UserError
 from loadgen.edge.store import Run, write_json
 
@@ -99,8 +100,7 @@ class Prober:
         Raises Interrupted where the user cut it, and whatever `launch` raises.
         """
         options = self.options | changes
-        words = [text for name, value in options.items() if value is not None
-                 for text in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+        words = arguments(options)
         started = time.monotonic()
         with cut_after(limit_s) as late:
             run = self.launch([*words, *self.extra], self.console).run

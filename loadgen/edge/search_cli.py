@@ -18,6 +18,7 @@ from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
 from loadgen.core.search import Done, Plan
 from loadgen.core.sweep import order
 from loadgen.edge import scenarios
+from loadgen.edge.command_options import declare
 from loadgen.edge.errors import UserError
 from loadgen.edge.options import OPTIONS
 from loadgen.edge.samples import PromptLibrary
@@ -28,21 +29,6 @@ SEARCHED = (Kind.SERVER, Kind.CONCURRENCY)
 SWEPT = {Kind.SERVER: "target_qps", Kind.OFFLINE: "target_qps", Kind.CONCURRENCY: "concurrency"}
 PLAIN = click.Choice(["text", "json"])
 ON_HOLD = "interrupted; run the same command again to go on ({path})"
-
-
-def declare(command: Any) -> Any:
-    """Adds the run's options, but the scenario, which is an argument."""
-    for option in reversed([o for o in OPTIONS if o.dest != "scenario"]):
-        kind: Any = click.Choice(list(option.choices)) if option.choices else option.type
-        command = click.option(option.flag, type=kind, default=option.default, help=option.help,
-                               show_default=option.default is not None)(command)  # fmt: skip
-    for flag, kind, text in (
-        ("--processes", int, "load workers on this machine"),
-        ("--run-time", str, "length of a full run, such as 60s (default: the preset's)"),
-    ):
-        command = click.option(flag, type=kind, help=text)(command)
-    host = click.option("--host", default="http://127.0.0.1:8000", show_default=True, help="Triton's HTTP address")
-    return host(click.argument("locust_options", nargs=-1, type=click.UNPROCESSED)(command))
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from loadgen.core.metrics import Summary, select, summarise
+from loadgen.core.reason import Reason
 from loadgen.core.record import NEVER, OUTCOMES, SCHEMA, SCHEMA_VERSION, Phase, Record, Rows
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import Audit, judge
@@ -142,7 +143,13 @@ def stream_tables(path: Path) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(pending, schema=ARROW_SCHEMA)
 
 
-def seal(folder: Path, document: dict[str, Any], scenario: Scenario, make_audit: Callable[[Rows], Audit]) -> Run:
+Assess = Callable[[Path, Scenario], tuple[dict[str, Any], list[Reason]]]
+
+
+def seal(
+    folder: Path, document: dict[str, Any], scenario: Scenario, make_audit: Callable[[Rows], Audit],
+    assess: Assess | None = None,
+) -> Run:  # fmt: skip
     """Turns the streamed rows into `records.parquet` and writes `run.json` with summary and verdict.
 
     `make_audit` gets the measured rows. Raises UserError, and leaves the stream in place, when the disk is
@@ -164,6 +171,9 @@ def seal(folder: Path, document: dict[str, Any], scenario: Scenario, make_audit:
             summary, rows = summarise(copied(), scenario)
         audit = make_audit(rows)
         verdict = judge(summary, rows, scenario, audit)
+        if assess:  # accuracy mode
+            summary["accuracy"], more = assess(folder, scenario)
+            verdict = replace(verdict, reasons=(*verdict.reasons, *more))
         sealed = document | {
             "schema": SCHEMA_VERSION,
             "scenario": scenario.to_json(),

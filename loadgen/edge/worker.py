@@ -24,6 +24,7 @@ from loadgen.core import schedule
 from loadgen.core.record import Int64, Outcome, Phase, Record
 from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
 from loadgen.core.verdict import WorkerAudit
+from loadgen.edge.accuracy import pack_answers
 from loadgen.edge.clients.triton_http import TritonHttp
 from loadgen.edge.errors import UserError
 from loadgen.edge.samples import PromptLibrary, sample_indices, sample_stream
@@ -88,7 +89,12 @@ class LoadWorker:
         self.index, self.workers = plan["worker"], plan["workers"]
         self.clock = Clock()
         self.client = TritonHttp(
-            plan["host"], plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock, kernel_stamps=True
+            plan["host"],
+            plan["model"],
+            timeout_s=self.scenario.timeout_s,
+            clock=self.clock,
+            kernel_stamps=True,
+            keep_outputs=self.scenario.keep_outputs,
         )
         self.library = PromptLibrary(self.scenario.prompts, self.scenario, plan["tag"])
         if len(self.library) != self.scenario.library_size:
@@ -256,7 +262,10 @@ class LoadWorker:
         """Hands the finished rows over as one Arrow batch, with the counts that a progress display wants."""
         records, self.finished = self.finished, []
         batch = pack(records).serialize().to_pybytes() if records else b""
-        self.send("rows", {"batch": batch, "worker": self.index, "in_flight": len(self.in_flight), "sent": self.sent})
+        data = {"batch": batch, "worker": self.index, "in_flight": len(self.in_flight), "sent": self.sent}
+        if self.scenario.keep_outputs:
+            data["answers"] = pack_answers(records)
+        self.send("rows", data)
 
     def _watch_lag(self) -> None:
         """How late the event loop wakes a greenlet: arrivals can have been stamped late by as much."""

@@ -52,6 +52,7 @@ MODEL_PLAN: dict[str, Any] = {
     "end_at": None,  # end the stream cleanly before event k, without the final usage
     "send_usage": True,  # num_input_tokens and total_output_tokens in the final, empty response
     "usage_error": 0,  # added to total_output_tokens: a server that miscounts
+    "output_ids": None,  # a list of token ids to send, cycled, in each response
     "send_counts": True,  # num_output_tokens in each response
     "merge_final": False,  # usage in the last response with tokens, instead of an empty one after it
     "join": None,  # events in one write; by default 1, or all where no time lies between them
@@ -437,6 +438,10 @@ def _events(plan: dict[str, Any], model: str, total: int) -> list[tuple[bytes, i
         message: dict[str, Any] = {"model_name": model, "model_version": "1", "text_output": plan["text"] * tokens}
         if plan["send_counts"]:
             message["num_output_tokens"] = tokens
+        if plan["output_ids"]:
+            message["output_ids"] = [
+                plan["output_ids"][k % len(plan["output_ids"])] for k in range(sent - tokens, sent)
+            ]
         if plan["merge_final"] and sent == total and plan["send_usage"]:
             message |= usage
         raw = plan["raw_at"]

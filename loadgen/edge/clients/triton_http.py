@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
-from loadgen.core.record import Outcome, Record
+from loadgen.core.record import Answer, Outcome, Record
 from loadgen.edge.clients.sse import HttpResponse, ProtocolError
 from loadgen.edge.clients.triton_probe import parse_base_url, probe
 
@@ -73,6 +73,7 @@ class TritonHttp:
         clock: monotonic integer nanoseconds, relative to the start of the run.
         kernel_stamps: take arrivals from the kernel (Linux, no TLS), so that a busy event loop can't make them late.
             When a read holds segments that arrived apart, they get the stamp of the last one.
+        keep_outputs: keep text and token ids of each answer in its record (accuracy mode).
 
     Raises:
         UserError: `base_url` isn't an HTTP address.
@@ -87,12 +88,14 @@ class TritonHttp:
         connect_timeout_s: float = 10.0,
         clock: Callable[[], int],
         kernel_stamps: bool = False,
+        keep_outputs: bool = False,
     ) -> None:
         url = parse_base_url(base_url)
         self._host = str(url.hostname)
         self._port = url.port or (443 if url.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if url.scheme == "https" else None
         self._kernel_stamps = kernel_stamps and not self._tls and sys.platform == "linux"
+        self._take = _take_and_keep if keep_outputs else _take
         self._timeout_ns = round(timeout_s * 1e9)
         self._connect_timeout_s = connect_timeout_s
         self._clock = clock
@@ -207,7 +210,7 @@ class TritonHttp:
 
     def _read(self, connection: socket.socket, response: HttpResponse, record: Record, deadline: int) -> None:
         """Read to the end of the response. Under load most of the client's time is spent in this loop."""
-        clock, events = self._clock, 0
+        clock, take, events = self._clock, self._take, 0
         now = arrival = record.sent_ns or 0
         while not response.complete:
             if now >= deadline:  # a server that always has a byte ready would never let `recv` time out
@@ -227,12 +230,12 @@ class TritonHttp:
             response.feed(data)
             if response.status == 200:
                 for payload in response.events():
-                    _take(payload, arrival, record)
+                    take(payload, arrival, record)
                     events += 1
         if response.status != 200:
             raise _RequestError(f"http_{response.status}", _error_text(response.body()))
         if (last := response.last_event()) is not None:
-            _take(last, arrival, record)
+            take(last, arrival, record)
             events += 1
         if not events:
             raise _RequestError("empty", "the stream ended without one event")
@@ -272,6 +275,19 @@ def _take(payload: bytes, arrival: int, record: Record) -> None:
         record.tokens_in = _count(message, "num_input_tokens")
     if "error" in message:
         raise _RequestError("server_error", f"{message['error']} (after {record.tokens_out} tokens)")
+
+
+def _take_and_keep(payload: bytes, arrival: int, record: Record) -> None:
+    """`_take`, and the text and token ids too; parsed twice, for accuracy mode has time."""
+    _take(payload, arrival, record)
+    message = _decode(payload.decode("utf-8", "replace"))
+    ids = message.get("output_ids")
+    record.answer = record.answer or Answer()
+    record.answer.text.append(str(message.get("text_output") or ""))
+    try:
+        record.answer.token_ids.extend(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    except (TypeError, OverflowError) as error:
+        raise _RequestError("malformed", f"output_ids is {str(ids)[:40]!r}, not token ids") from error
 
 
 def _count(message: dict[str, Any], key: str) -> int:

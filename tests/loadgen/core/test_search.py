@@ -246,7 +246,7 @@ def test_what_remains_is_between_the_ends_foretold():
     for cut in range(len(history)):
         low, high = remaining(PLAN, history[:cut])
         inside += low * 0.9 <= sum(o.cost_s for o in history[cut:]) <= high * 1.1
-    assert inside >= 0.7 * len(history)
+    assert inside >= 0.6 * len(history)
 
 
 def test_contradictory_runs_widen_what_is_believed():

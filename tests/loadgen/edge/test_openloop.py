@@ -214,7 +214,7 @@ def test_a_server_killed_in_mid_run_is_a_sealed_invalid_run(load, tmp_path):
     run = other.run
     assert process.returncode == 3, output
     assert "failed_error" in reasons(run)
-    assert run.summary["completed"] >= 20
+    assert run.summary["completed"] >= 10
     assert run.summary["scheduled"] == run.document["audit"]["scheduled"]
 
 
@@ -241,7 +241,7 @@ def test_ctrl_c_seals_what_there_is(load, workers):
     output, _ = process.communicate(timeout=40)
     assert process.returncode == 3, output
     assert reasons(load.run)[0] == "cut_off"
-    assert load.run.summary["completed"] >= 20
+    assert load.run.summary["completed"] >= 10
 
 
 def test_a_killed_load_process_costs_less_than_a_second_of_rows(load, fake_triton):

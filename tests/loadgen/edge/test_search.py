@@ -48,6 +48,8 @@ class Launcher:
 
 @pytest.fixture
 def invoke(monkeypatch, tmp_path):
+    monkeypatch.setattr(searching, "remaining", lambda plan, history: (1.0, 2.0))  # tested in the core; takes its time
+
     def invoke(launcher, command, *words):
         monkeypatch.setattr(search_cli, "Prober", lambda o, e, c: Prober(o, e, c, launch=launcher))
         arguments = [*words, "--model", "fake", "--results", str(tmp_path)]
