@@ -99,6 +99,22 @@ def test_server_sends_loadgens_slots_on_time_and_records_each(load, fake_triton)
     assert np.median(np.abs(late)) < 20e6  # requests reached the server when they were due
 
 
+def test_recorded_arrivals_are_the_servers_own(load, fake_triton):
+    """Golden timing, with bounds for a busy machine; `benchmarks/golden_timing.py` has the figures of a quiet one."""
+    fake_triton.plan({"ttft_ms": 40, "itl_ms": 20, "server": {"models": ["fake"]}})
+    load("--scenario", "concurrency", "--concurrency", "16", "--run-time", "2s", "--output-tokens", "20")
+    run, rows = load.run, load.rows()
+    sent = {r["id"]: [e[1] for e in r["events"] if e[2]] for r in fake_triton.log()}
+    truth = [sent[f"{run.folder.name}-{seq}"] for seq in rows.seq]
+    recorded = np.split(rows.chunk_ns, rows.chunk_offsets[1:-1])
+    assert [len(t) for t in truth] == [len(r) for r in recorded] == [20] * len(rows)
+    assert all((np.diff(r) >= 0).all() for r in recorded)
+    error = np.concatenate([np.diff(r) - np.diff(t) for r, t in zip(recorded, truth, strict=True)])
+    assert np.median(np.abs(error)) < 2e6
+    first = np.array([r[0] - t[0] for r, t in zip(recorded, truth, strict=True)])
+    assert np.median(np.abs(first - np.median(first))) < 2e6  # one constant: the server's clock at T0
+
+
 @pytest.mark.slow
 def test_a_slow_server_cannot_throttle_arrivals(load, fake_triton):
     fake_triton.plan({"ttft_ms": 100, "itl_ms": 50, "server": {"models": ["fake"], "capacity": 2}})
