@@ -89,13 +89,9 @@ class LoadWorker:
         self.index, self.workers = plan["worker"], plan["workers"]
         self.clock = Clock()
         self.client = TritonHttp(
-            plan["host"],
-            plan["model"],
-            timeout_s=self.scenario.timeout_s,
-            clock=self.clock,
-            kernel_stamps=True,
+            plan["host"], plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock, kernel_stamps=True,
             keep_outputs=self.scenario.keep_outputs,
-        )
+        )  # fmt: skip
         self.library = PromptLibrary(self.scenario.prompts, self.scenario, plan["tag"])
         if len(self.library) != self.scenario.library_size:
             raise UserError(f"load worker {self.index} finds {len(self.library)} prompts, the conductor "
@@ -132,9 +128,7 @@ class LoadWorker:
             gevent.kill(flusher) if flusher else None
             self.streams.kill()
             self.in_flight.kill()
-            for record in list(
-                self.open.values()
-            ):  # killed before its greenlet began, so it cannot have said so itself
+            for record in list(self.open.values()):  # killed before its greenlet began: nobody else can say so
                 record.outcome, record.done_ns, record.error = Outcome.CUT, self.clock(), "cut: before it was sent"
                 self._finish(record)
             self.client.close()
