@@ -54,6 +54,7 @@ def test_bench_ends_with_three_sealed_runs_a_table_and_a_page(tmp_path):
 
 
 @pytest.mark.live
+@pytest.mark.slow
 def test_ctrl_c_in_the_bench_leaves_a_sealed_run_and_no_process(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "bench", "--results", str(tmp_path / "r"), "--scenario", "single_stream", "--run-time", "60s",
