@@ -51,7 +51,7 @@ def intervals(
         out[name] = {
             key: pair and [round(x) if math.isfinite(x) else None for x in pair] for key, pair in found.items()
         }
-    for name, amounts in (("qps", np.ones(len(ok))), ("tokens_per_s", tokens.astype(np.float64))):
+    for name, amounts in (("qps", np.broadcast_to(1.0, len(ok))), ("tokens_per_s", tokens.astype(np.float64))):
         rate = rate_interval(done_ns[ok], amounts[ok], window_ns)
         out[name] = None if rate is None else list(rate)
     return out

@@ -179,6 +179,7 @@ class Conductor:
     def _seal(self) -> None:
         self.phase = "seal"
         self.progress(self.snapshot())
+        self.recent.clear()  # at thousands of requests/s the last seconds are tens of MB
         self.writer.close()
         try:
             if self.answers:

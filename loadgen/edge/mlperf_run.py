@@ -113,9 +113,14 @@ def _columns(run: Run) -> dict[str, npt.NDArray[Any]]:
         parts["ok"].append((batch["outcome"].to_numpy(zero_copy_only=False) == Outcome.OK.value)[keep])
         for name in COLUMNS:
             parts[name].append(batch[name].cast(pa.int64()).fill_null(NEVER).to_numpy(zero_copy_only=False)[keep])
-    whole = {name: np.concatenate(values) if values else np.empty(0, np.int64) for name, values in parts.items()}
+    whole: dict[str, npt.NDArray[Any]] = {}
+    for name in list(parts):  # one column after the other, so that no two copies of all of them exist
+        values = parts.pop(name)
+        whole[name] = np.concatenate(values) if values else np.empty(0, np.int64)
     order = np.lexsort((whole["seq"], whole["query"]))
-    return {name: values[order] for name, values in whole.items()}
+    for name in whole:
+        whole[name] = whole[name][order]
+    return whole
 
 
 def _whole_queries(samples: Samples, query: Int64, width: int) -> Samples:

@@ -38,6 +38,7 @@ from loadgen.edge.errors import UserError
 from loadgen.edge.mlperf_log import write_accuracy_logs, write_logs
 from loadgen.edge.options import OPTIONS, PROGRESS_FD
 from loadgen.edge.samples import PromptLibrary
+from loadgen.edge.store import return_freed_memory
 from loadgen.edge.worker import LoadWorker
 
 log = logging.getLogger("tritonmark")
@@ -88,6 +89,7 @@ def claim_resources() -> None:
 
     On a machine that it shares with the server, a client that waits for a core stamps arrivals late.
     """
+    return_freed_memory()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.suppress(OSError):

@@ -127,6 +127,12 @@ class RunWriter:
         self._file.close()
 
 
+def return_freed_memory() -> None:
+    """Has glibc give arrays back when they are freed. By itself it raises this bound with use, and keeps them."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
+
+
 def stream_tables(path: Path) -> Iterator[pa.Table]:
     """Whole batches of an Arrow stream file, grouped to bounded size; stops quietly at a torn last batch."""
     pending: list[pa.RecordBatch] = []
@@ -157,8 +163,7 @@ def seal(
     """
     parquet, partial = folder / "records.parquet", folder / "records.parquet.tmp"
     try:
-        # glibc raises this bound by itself, then keeps what was freed; sealing must not cost what running did not
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
+        return_freed_memory()
         with pq.ParquetWriter(partial, ARROW_SCHEMA, compression="zstd", use_dictionary=DICTIONARIES) as writer:
 
             def copied() -> Iterator[Rows]:
