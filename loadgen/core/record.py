@@ -20,7 +20,6 @@ SCHEMA_VERSION = 1
 NEVER = int(np.iinfo(np.int64).min)
 
 Int64 = npt.NDArray[np.int64]
-Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 
 

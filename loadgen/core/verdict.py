@@ -39,7 +39,7 @@ class WorkerAudit:
     loop_lag_p99_ns: int
     loop_lag_max_ns: int
     cpu_share: float  # CPU seconds / wall seconds, of one core
-    max_rss_bytes: int
+    max_rss_bytes: int  # most resident memory until the last response; sealing comes after
 
 
 @dataclass(frozen=True)
