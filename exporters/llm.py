@@ -17,6 +17,7 @@ RUNTIME_FILES = {
     "llm_request.py": "llm_request.py",
     "llm_sampling.py": "llm_sampling.py",
     "llm_text.py": "llm_text.py",
+    "llm_weights.py": "llm_weights.py",
 }
 INPUTS = (
     Tensor("text_input", "TYPE_STRING", optional=True),  # optional, so that the runtime can say what is missing

@@ -38,7 +38,7 @@ def write_reference(version: Path, count: int, source: Path | None = None) -> No
     from transformers import GenerationConfig
 
     with import_path(RUNTIME):
-        from llm_engine import load_model
+        from llm_weights import load_model
     settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))
     model = load_model(version / "weights", settings, "cpu").eval()
     tokenizer = tokenizers.Tokenizer.from_file(str(version / "weights" / "tokenizer.json"))

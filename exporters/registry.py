@@ -32,6 +32,7 @@ class Order:
     seed: int
     name: str
     device: str = "auto"
+    tp: int = 1  # GPUs that share the model by tensor parallelism
 
 
 Exporter = Callable[[Order, Path], ModelConfig]

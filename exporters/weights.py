@@ -57,7 +57,7 @@ def write_synthetic(model: Model, precision: str, seed: int, folder: Path) -> Wr
 
     transformers.utils.logging.disable_progress_bar()
     with import_path(Path(__file__).with_name("runtime")):
-        from llm_engine import DTYPES, draw_weights
+        from llm_weights import DTYPES, draw_weights
     decodable = train_tokenizer(folder)
     config = getattr(transformers, model.config_class)(**model.config)
     config.architectures = [model.model_class]
@@ -81,7 +81,7 @@ def write_pretrained(model: Model, precision: str, weights: str, folder: Path) -
     import transformers
 
     with import_path(Path(__file__).with_name("runtime")):
-        from llm_engine import DTYPES
+        from llm_weights import DTYPES
     where, options, source = _locate(model, weights)
     try:
         config = transformers.AutoConfig.from_pretrained(where, **options)
