@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Model:
     config: Mapping[str, Any]
     runtime: Mapping[str, Any]
     tiny_of: str = ""
+    parts: Mapping[str, Any] = field(default_factory=dict)  # of a pipeline: {part: class, config, parameters}
 
     @property
     def max_context(self) -> int:

@@ -12,8 +12,8 @@ import click
 
 from exporters.catalogue import load_catalogue
 from exporters.errors import UserError
-from exporters.export import export_model
-from exporters.registry import backends_of
+from exporters.export import export_model, plan_export
+from exporters.registry import Build, backends_of
 from exporters.server import TritonServer
 
 
@@ -49,20 +49,34 @@ def models(as_json: bool) -> None:
 @click.option("--weights", default="synthetic", show_default=True, help="hub, synthetic, or a folder.")
 @click.option("--out", default="model_repository", show_default=True, type=click.Path(path_type=Path))
 @click.option("--name", help="Triton model name.  [default: the catalogue's]")
-@click.option("--precision", help="bf16, fp16 or fp32.  [default: the model's first]")
+@click.option("--precision", help="E.g. bf16, fp16, fp32, fp8.  [default: the backend's first for the model]")
 @click.option("--seed", default=0, show_default=True, help="Of synthetic weights.")
 @click.option("--device", default="auto", show_default=True, help="auto or cpu.")
 @click.option(
     "--reference", type=click.IntRange(0), help="Reference answers for `run accuracy`.  [default: 16 for tiny models]"
 )
 @click.option("--reference-prompts", type=click.Path(path_type=Path), help="JSONL.  [default: the corpus's sentences]")
+@click.option("--tp", default=1, show_default=True, help="GPUs that share the model by tensor parallelism.")
+@click.option("--pp", default=1, show_default=True, help="Pipeline stages (tensorrtllm).")
+@click.option("--ep", default=1, show_default=True, help="Groups of GPUs that share the experts (tensorrtllm).")
+@click.option("--served-from", default="/models", show_default=True, help="Where the server will see --out.")
+@click.option("--image", default="", help="Container image (tensorrtllm).  [default: the newest that fits]")
+@click.option("--build-cache", type=click.Path(path_type=Path), help="Keeps finished build steps (tensorrtllm).")
+@click.option("--no-check", is_flag=True, help="Build without looking at GPU, driver, docker and disk first.")
+@click.option("--dry-run", is_flag=True, help="Print every step of the build, do none.")
 @click.option("--force", is_flag=True, help="Replace an existing export in one step.")
 def export(
     model: str, backend: str, weights: str, out: Path, name: str | None, precision: str | None, seed: int,
-    device: str, force: bool, reference: int | None, reference_prompts: Path | None,
+    device: str, tp: int, pp: int, ep: int, served_from: str, image: str, build_cache: Path | None, no_check: bool,
+    dry_run: bool, force: bool, reference: int | None, reference_prompts: Path | None,
 ) -> None:  # fmt: skip
     """Write MODEL as a Triton model into a model repository."""
     started = time.monotonic()
+    build = Build(pp=pp, ep=ep, served_from=served_from, image=image, cache=build_cache, check=not no_check)
+    if dry_run:
+        plan = plan_export(model, backend, weights, name=name, precision=precision, seed=seed, tp=tp, build=build)
+        click.echo("\n".join(plan))
+        return
     folder = export_model(
         model,
         backend,
@@ -72,9 +86,12 @@ def export(
         precision=precision,
         seed=seed,
         device=device,
+        tp=tp,
+        build=build,
         force=force,
         reference=(16 if model.endswith("-tiny") else 0) if reference is None else reference,
         reference_prompts=reference_prompts,
+        on_progress=click.echo if backend == "tensorrtllm" else None,  # the others take seconds
     )
     click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")
 

@@ -32,8 +32,18 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One model of an ensemble. `inputs` and `outputs` map its own tensor names to the ensemble's."""
+
+    model: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """One model. `parameters` are Triton's free string parameters, written sorted by key."""
+    """One model. `parameters` are Triton's free string parameters, written sorted by key. With `steps` it is an
+    ensemble, which has no backend and no instances of its own."""
 
     name: str
     backend: str
@@ -44,8 +54,11 @@ class ModelConfig:
     instance_kind: str = "KIND_AUTO"
     instance_count: int = 1
     parameters: Mapping[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
+        if bool(self.steps) == bool(self.backend):
+            raise ValueError(f"model {self.name!r}: give it a backend, or steps and no backend")
         if self.instance_kind not in INSTANCE_KINDS:
             raise ValueError(f"model {self.name!r}: unknown instance kind {self.instance_kind!r}")
 
@@ -77,18 +90,29 @@ def _tensor_lines(field_name: str, tensor: Tensor) -> list[str]:
     return [*lines, "}"]
 
 
+def _step_lines(step: Step) -> list[str]:
+    lines = ["  step {", f"    model_name: {quote(step.model)}", "    model_version: -1"]
+    for field_name, names in (("input_map", step.inputs), ("output_map", step.outputs)):
+        for own, outer in names.items():
+            lines.append(f"    {field_name} {{ key: {quote(own)} value: {quote(outer)} }}")
+    return [*lines, "  }"]
+
+
 def render(config: ModelConfig) -> str:
     """The text of `config.pbtxt`, ending in a newline."""
     lines = [
         f"name: {quote(config.name)}",
-        f"backend: {quote(config.backend)}",
+        'platform: "ensemble"' if config.steps else f"backend: {quote(config.backend)}",
         f"max_batch_size: {config.max_batch_size}",
     ]
     for tensor in config.inputs:
         lines += _tensor_lines("input", tensor)
     for tensor in config.outputs:
         lines += _tensor_lines("output", tensor)
-    lines += ["instance_group {", f"  count: {config.instance_count}", f"  kind: {config.instance_kind}", "}"]
+    if config.steps:
+        lines += ["ensemble_scheduling {", *(line for step in config.steps for line in _step_lines(step)), "}"]
+    else:
+        lines += ["instance_group {", f"  count: {config.instance_count}", f"  kind: {config.instance_kind}", "}"]
     if config.decoupled:
         lines += ["model_transaction_policy {", "  decoupled: true", "}"]
     for key in sorted(config.parameters):

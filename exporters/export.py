@@ -14,9 +14,9 @@ from exporters.catalogue import find_model
 from exporters.config_pbtxt import render
 from exporters.errors import UserError
 from exporters.reference import write_reference
-from exporters.registry import Order, find_exporter
+from exporters.registry import Build, Order, find_exporter, plan_of, precisions_of
 
-TOOLS = ("tritonmark", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+TOOLS = ("tritonmark", "torch", "transformers", "tokenizers", "safetensors", "numpy", "diffusers", "av")
 
 
 def export_model(
@@ -29,6 +29,8 @@ def export_model(
     precision: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    tp: int = 1,
+    build: Build | None = None,
     force: bool = False,
     reference: int = 0,
     reference_prompts: Path | None = None,
@@ -37,27 +39,31 @@ def export_model(
     """Write `out/name` and return it; `out/name/manifest.json` says what it is.
 
     `weights` is `synthetic`, `hub` or a folder; `precision` defaults to the model's first one, `name` to its own
-    name. `device` is `auto` (the GPU that Triton gives, else the CPU) or `cpu`. That many `reference` answers of plain
+    name. `device` is `auto` (the GPU that Triton gives, else the CPU) or `cpu`; `tp` GPUs share the model, and `build`
+    says how a backend that compiles outside this process goes about it. That many `reference` answers of plain
     `generate` go into `reference.jsonl` (see `reference.py`). Bad input is a UserError, and then, as after a crash,
     nothing appears in `out`.
     """
-    order = _check(model, backend, weights, name, precision, seed, device)
-    build = find_exporter(order.model.family, backend)
     tell = on_progress or (lambda message: None)
+    order = _check(model, backend, weights, name, precision, seed, device, tp, replace(build or Build(), tell=tell))
+    export = find_exporter(order.model.family, backend)
     out = Path(out)
     with layout.staged(out, order.name, force) as folder:
         version = folder / "1"
         version.mkdir()
         tell(f"exporting {model} ({weights} weights, {order.precision}) for {backend}")
         try:
-            config = build(order, version)
+            config = export(order, version)
         except ModuleNotFoundError as error:
             missing = error.name or str(error)
             raise UserError(f"exporting needs {missing}; install it with: pip install 'tritonmark[embedded]'") from None
-        facts = _facts(order, json.loads((version / "settings.json").read_text(encoding="utf-8")))
+        settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))
+        facts = _facts(order, settings)
         config = replace(config, parameters={**config.parameters, **_provenance(facts)})
         (folder / "config.pbtxt").write_text(render(config), encoding="utf-8")
-        if reference:
+        if reference and settings.get("weights_elsewhere"):
+            tell("no reference answers: the engine reads or draws the weights itself, they are not in the export")
+        elif reference:
             tell(f"answering {reference} reference prompts with plain generate")
             write_reference(version, reference, reference_prompts)
         layout.write_manifest(folder, facts)
@@ -65,23 +71,39 @@ def export_model(
     return out / order.name
 
 
+def plan_export(
+    model: str, backend: str, weights: str = "synthetic", *, name: str | None = None, precision: str | None = None,
+    seed: int = 0, tp: int = 1, build: Build | None = None,
+) -> list[str]:  # fmt: skip
+    """The steps that `export_model` would take, as lines of text; nothing is written or started."""
+    return plan_of(_check(model, backend, weights, name, precision, seed, "auto", tp, build or Build()))
+
+
 def _check(
-    model: str, backend: str, weights: str, name: str | None, precision: str | None, seed: int, device: str
-) -> Order:
+    model: str, backend: str, weights: str, name: str | None, precision: str | None, seed: int, device: str,
+    tp: int, build: Build,
+) -> Order:  # fmt: skip
     entry = find_model(model)
-    chosen = precision or entry.precisions[0]
-    if chosen not in entry.precisions:
-        raise UserError(f"{model} has no precision {chosen!r}; choose one of: {', '.join(entry.precisions)}")
+    can = precisions_of(entry, backend)
+    if not can:
+        raise UserError(f"{backend} has no path for {model}; choose another backend")
+    chosen = precision or can[0]
+    if chosen not in can:
+        raise UserError(f"{model} has no precision {chosen!r} for {backend}; choose one of: {', '.join(can)}")
+    if min(tp, build.pp, build.ep) < 1:
+        raise UserError("--tp, --pp and --ep are numbers of GPUs; choose 1 or more")
     if device not in ("auto", "cpu"):
         raise UserError(f"unknown device {device!r}; choose auto or cpu")
     if not 0 <= seed < 2**63:
         raise UserError(f"seed {seed} is out of range; choose one from 0 to 2**63 - 1")
-    return Order(entry, backend, chosen, weights, seed, layout.check_name(name or model), device)
+    return Order(entry, backend, chosen, weights, seed, layout.check_name(name or model), device, tp, build)
 
 
 def _provenance(facts: dict) -> dict[str, str]:
     """What a load test asks the server about the model, as parameters of its configuration."""
-    named = {f"tritonmark.{name}": str(facts[name]) for name in ("model", "backend", "precision", "weights", "seed")}
+    named = {
+        f"tritonmark.{name}": str(facts[name]) for name in ("model", "backend", "precision", "weights", "seed", "tp")
+    }
     return named | {"tritonmark.tools": json.dumps(facts["tools"])}
 
 
@@ -100,6 +122,12 @@ def _facts(order: Order, settings: dict) -> dict:
         "family": order.model.family,
         "backend": order.backend,
         "precision": order.precision,
+        "quantisation": settings.get("quantisation"),
+        "work": settings.get("work"),  # of a video model: "exact", or what is done otherwise
+        "tp": order.tp,
+        "pp": order.build.pp,
+        "ep": order.build.ep,
+        "image": settings.get("image"),
         "weights": source["kind"],
         "source": source,
         "revision": source.get("revision"),

@@ -31,7 +31,15 @@ def prompts(count: int, source: Path | None = None) -> list[str]:
 
 
 def write_reference(version: Path, count: int, source: Path | None = None) -> None:
-    """Answer `count` prompts with the weights of the `version` folder, on the CPU, one after the other."""
+    """Answer `count` prompts with the weights of the `version` folder, on the CPU, one after the other.
+
+    A video model's clips are written by `exporters.video_reference`.
+    """
+    settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))
+    if settings.get("family") == "video":
+        from exporters.video_reference import write_references
+
+        return write_references(version, count, source)
     texts = prompts(count, source)
     import tokenizers
     import torch
@@ -39,7 +47,6 @@ def write_reference(version: Path, count: int, source: Path | None = None) -> No
 
     with import_path(RUNTIME):
         from llm_weights import load_model
-    settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))
     model = load_model(version / "weights", settings, "cpu").eval()
     tokenizer = tokenizers.Tokenizer.from_file(str(version / "weights" / "tokenizer.json"))
     plain = GenerationConfig(do_sample=False, max_new_tokens=TOKENS, eos_token_id=None, pad_token_id=0)

@@ -11,14 +11,32 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporters.catalogue import Model
 from exporters.config_pbtxt import ModelConfig
 from exporters.errors import UserError
 
-PROVIDERS = ("exporters.llm",)  # modules whose import registers exporters
+# Modules whose import registers exporters.
+PROVIDERS = ("exporters.llm", "exporters.video", "exporters.vllm", "exporters.tensorrtllm")
+
+
+@dataclass(frozen=True)
+class Build:
+    """How an export that compiles outside this process goes about it; other backends ignore most of it.
+
+    `served_from` is where the server will see the model repository, `image` a container image instead of the chosen
+    one, `cache` where finished steps of a build are kept, `check` whether the machine is looked at first.
+    """
+
+    pp: int = 1  # pipeline stages
+    ep: int = 1  # groups that share the experts of a mixture
+    served_from: str = "/models"
+    image: str = ""
+    cache: Path | None = None
+    check: bool = True
+    tell: Callable[[str], None] = print
 
 
 @dataclass(frozen=True)
@@ -33,19 +51,31 @@ class Order:
     name: str
     device: str = "auto"
     tp: int = 1  # GPUs that share the model by tensor parallelism
+    build: Build = field(default_factory=Build, compare=False)
 
 
 Exporter = Callable[[Order, Path], ModelConfig]
 _exporters: dict[tuple[str, str], Exporter] = {}
+_precisions: dict[tuple[str, str], Callable[[Model], tuple[str, ...]]] = {}
+_planners: dict[tuple[str, str], Callable[[Order], list[str]]] = {}
 
 
 def _title(function: Exporter) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
 
-def exporter(family: str, backend: str) -> Callable[[Exporter], Exporter]:
+def exporter(
+    family: str,
+    backend: str,
+    *,
+    precisions: Callable[[Model], tuple[str, ...]] | None = None,
+    plan: Callable[[Order], list[str]] | None = None,
+) -> Callable[[Exporter], Exporter]:
     """Register the decorated function for (family, backend). A second one for the same pair is a ValueError that
-    names both, because otherwise the import order would decide which of them is used."""
+    names both, because otherwise the import order would decide which of them is used.
+
+    `precisions` says what this backend can do with a model, the default first; without it, what the catalogue says.
+    `plan` gives the steps of an export as lines of text, without doing any."""
 
     def register(function: Exporter) -> Exporter:
         key = (family, backend)
@@ -55,6 +85,10 @@ def exporter(family: str, backend: str) -> Callable[[Exporter], Exporter]:
                 f"two exporters for family {family!r} and backend {backend!r}: {_title(known)} and {_title(function)}"
             )
         _exporters[key] = function
+        if precisions:
+            _precisions[key] = precisions
+        if plan:
+            _planners[key] = plan
         return function
 
     return register
@@ -73,3 +107,20 @@ def find_exporter(family: str, backend: str) -> Exporter:
     if backend not in backends:
         raise UserError(f"no backend {backend!r} for family {family!r}; choose one of: {', '.join(backends)}")
     return _exporters[family, backend]
+
+
+def precisions_of(model: Model, backend: str) -> tuple[str, ...]:
+    """What `model` may be exported in for `backend`, the default first; empty where the backend has no path for it."""
+    find_exporter(model.family, backend)
+    choose = _precisions.get((model.family, backend))
+    return choose(model) if choose else model.precisions
+
+
+def plan_of(order: Order) -> list[str]:
+    """The steps that exporting `order` would take, or a UserError where it is a single step."""
+    find_exporter(order.model.family, order.backend)
+    planner = _planners.get((order.model.family, order.backend))
+    if planner is None:
+        with_plan = sorted(backend for family, backend in _planners if family == order.model.family)
+        raise UserError(f"--dry-run has nothing to show for {order.backend}; it is for {', '.join(with_plan)}")
+    return planner(order)

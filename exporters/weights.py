@@ -7,6 +7,7 @@ synthetic export also trains its tokenizer, on `data/corpus.txt`, so nothing at 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from exporters.errors import UserError
 CORPUS = Path(__file__).with_name("data") / "corpus.txt"
 TOKENIZER_SIZE = 2048  # ids, of which 256 are bytes and one is the end token
 END_TOKEN = "<|endoftext|>"
+HUB_ARCHITECTURES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}  # class of transformers -> name in the hub's config.json
 HUB, SYNTHETIC = "hub", "synthetic"
 
 
@@ -98,6 +100,48 @@ def write_pretrained(model: Model, precision: str, weights: str, folder: Path) -
     end_ids = network.generation_config.eos_token_id
     if end_ids is None:
         end_ids = tokenizer.eos_token_id
+    end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids or [])
+    return Written(source, end_ids, len(tokenizer))
+
+
+def write_outline(model: Model, precision: str, weights: str, seed: int, folder: Path) -> Written:
+    """Configuration and tokenizer without weights, for an engine that reads or draws the weights itself.
+
+    A synthetic `config.json` has each value under its older name too, for engines with an older transformers.
+    """
+    import transformers
+
+    with import_path(Path(__file__).with_name("runtime")):
+        from llm_weights import DTYPES
+    if weights == SYNTHETIC:
+        decodable = train_tokenizer(folder)
+        config = getattr(transformers, model.config_class)(**model.config)
+        config.architectures = [HUB_ARCHITECTURES.get(model.model_class, model.model_class)]
+        config.bos_token_id = config.eos_token_id = 0
+        dtype = str(DTYPES.get(precision, DTYPES["bf16"])).removeprefix("torch.")
+        entries = {**model.config, **config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
+        entries |= {"bos_token_id": 0, "eos_token_id": 0}
+        (folder / "config.json").write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        transformers.GenerationConfig(do_sample=False, eos_token_id=[0]).save_pretrained(folder)
+        about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        about["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older versions know too
+        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        source = {"kind": SYNTHETIC, "seed": seed, "tokenizer": CORPUS.name}
+        return Written(source, [0], decodable, draw_on_load=True)
+    where, options, source = _locate(model, weights)
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, **options)
+        if type(config).__name__ != model.config_class:
+            raise UserError(f"{where} holds a {type(config).__name__}, but {model.name} needs a {model.config_class}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_reason(model, where, weights, error)) from None
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    end_ids = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    with contextlib.suppress(OSError):  # a model may have no generation_config.json
+        generation = transformers.GenerationConfig.from_pretrained(where, **options)
+        end_ids = generation.eos_token_id if generation.eos_token_id is not None else end_ids
     end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids or [])
     return Written(source, end_ids, len(tokenizer))
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import queue
 import time
 from pathlib import Path
 
 import torch
-from llm_sampling import Rule, TokenRules
+from llm_request import Output
+from llm_sampling import Rule
 from llm_weights import load_model
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.logits_process import LogitsProcessorList
 
 WARM_UP_PROMPTS = (8, 128, 512)  # tokens
 WARM_UP_LIMIT_S = 300
@@ -40,6 +44,41 @@ def _batching_config(settings: dict) -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(**{name: value for name, value in wanted.items() if name in known})
 
 
+class TokenRules(ContinuousBatchingLogitsProcessorList):
+    """Takes the place of the manager's own list of logits processors."""
+
+    def __init__(self, end_ids: list[int]) -> None:
+        super().__init__(LogitsProcessorList())
+        self.do_processing = True
+        self.end_ids = end_ids
+        self.rules: dict[str, Rule] = {}  # by request id; set by the server's threads, read by the batch loop
+        self._rows: list[tuple[int, Rule, bool]] = []
+
+    def check_kwargs(self, kwargs: dict) -> None:
+        """Rules are looked up by request id, so no keyword is ever passed through the manager."""
+
+    def prepare_tensor_args(self, requests_in_batch, arg_storage):
+        """Called before each forward pass with the requests in the order of the rows of logits."""
+        self._rows = []
+        if self.rules:
+            tokens = [request.state for request in requests_in_batch if request.has_new_token]
+            for row, state in enumerate(tokens):
+                rule = self.rules.get(state.request_id)
+                if rule is not None:
+                    # initial_tokens grows when the manager evicts and requeues a request
+                    done = len(state.initial_tokens) + len(state.generated_tokens) - rule.prompt_tokens
+                    self._rows.append((row, rule, done < rule.min_tokens))
+        return arg_storage
+
+    def __call__(self, input_ids, scores, logits_processor_args):
+        for row, rule, forbid_end in self._rows:
+            if forbid_end:
+                scores[row, self.end_ids] = -torch.inf
+            if rule.generator is not None:
+                scores[row] = rule.noisy(scores[row])
+        return scores
+
+
 class Engine:
     """One model and its batch loop. `submit`, `cancel` and `results` may be called from different threads."""
 
@@ -47,6 +86,7 @@ class Engine:
         if settings["threads"]:
             torch.set_num_threads(settings["threads"])
         self.end_ids = list(settings["end_token_ids"])
+        self.leads = True  # there is no other instance on this engine
         self.device = device
         self.model = load_model(folder, settings, device).eval()
         self.model.requires_grad_(False)
@@ -55,6 +95,7 @@ class Engine:
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
             continuous_batching_config=_batching_config(settings),
         )
+        self._sent: dict[str, int] = {}  # tokens handed on, by request
         self._rules = TokenRules(self.end_ids)
         self._manager.logit_processor = self._rules
         self._manager.start()
@@ -64,11 +105,9 @@ class Engine:
 
     def submit(self, request_id: str, ids: list[int], prompt) -> bool:
         """Queue one request; False when the batch loop does not take any more."""
-        if prompt.min_tokens > 0 or not prompt.greedy:
-            self._rules.rules[request_id] = Rule(
-                len(ids), 0 if prompt.ignore_eos else prompt.min_tokens,
-                0.0 if prompt.greedy else prompt.temperature, prompt.top_k, prompt.top_p, prompt.seed, self.device,
-            )  # fmt: skip
+        rule = Rule.of(prompt, len(ids), self.device)
+        if rule is not None:
+            self._rules.rules[request_id] = rule
         accepted = self._manager.add_request(
             ids, request_id=request_id, max_new_tokens=prompt.max_tokens, streaming=prompt.stream,
             eos_token_id=-1 if prompt.ignore_eos else self.end_ids,
@@ -78,11 +117,12 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Take a request out of the batch before the next step; it yields no result."""
         self._manager.cancel_request(request_id)
+        self._sent.pop(request_id, None)
         self._rules.rules.pop(request_id, None)
 
     def results(self, timeout_s: float) -> list:
-        """The newest output of each request that made progress: `request_id`, `generated_tokens` (all so far),
-        `error`, `is_finished()`. Blocks until there is one; empty after `timeout_s`, or when the loop has died.
+        """One Output for each request that made progress. Blocks until there is one; empty after `timeout_s`, or when
+        the loop has died.
 
         A slow reader gets several tokens at once, so it can catch up with a fast batch.
         """
@@ -97,7 +137,16 @@ class Engine:
                 output = waiting.get_nowait()
             except queue.Empty:
                 break
-        return list(newest.values())
+        return [self._fresh(output) for output in newest.values()]
+
+    def _fresh(self, output) -> Output:
+        """The manager's outputs hold all tokens so far; only what is new since the last one is handed on."""
+        sent = self._sent.get(output.request_id, 0)
+        if output.is_finished():
+            self._sent.pop(output.request_id, None)
+        else:
+            self._sent[output.request_id] = len(output.generated_tokens)
+        return Output(output.request_id, output.generated_tokens[sent:], output.is_finished(), output.error)
 
     def failure(self) -> str | None:
         """Why the batch loop is dead, or None while it lives."""
@@ -134,21 +183,3 @@ class Engine:
                     raise RuntimeError(self.failure() or f"warming up took more than {WARM_UP_LIMIT_S} s")
             if output.error:
                 raise RuntimeError(f"the first request failed: {output.error}")
-
-
-def read_settings(folder: Path, overrides: dict[str, str]) -> dict:
-    """`settings.json` beside model.py; `overrides`, the parameters of config.pbtxt, win where the name is known."""
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    for name, text in overrides.items():
-        if name in settings:
-            kind = type(settings[name])
-            try:
-                settings[name] = text if kind is str else kind(json.loads(text))
-            except (ValueError, TypeError):
-                raise ValueError(f"config.pbtxt: parameter {name} is {text!r}, not a {kind.__name__}") from None
-    if settings["kv_tokens"] and settings["kv_tokens"] < settings["max_context"] + settings["page_size"]:
-        raise ValueError(
-            f"config.pbtxt: parameter kv_tokens is {settings['kv_tokens']}; one sequence may need"
-            f" {settings['max_context'] + settings['page_size']}"
-        )
-    return settings

@@ -1,8 +1,9 @@
 """A language model in Triton's python backend: decoupled, continuously batched, tokens counted by id on the server.
 
 This file is copied as `1/model.py`, with the other `llm_*.py` beside it; none of them imports the project they come
-from. Three threads share the work: Triton calls `execute`, which only checks and queues; the batch loop of
-transformers computes; `_deliver` sends what it made. A fourth, `_watch`, sleeps while no request is open.
+from. Three threads share the work: Triton calls `execute`, which only checks and queues; the engine's batch loop
+computes (for torch-compile in a process of its own, which several instances of this model share); `_deliver` sends what
+it made. A fourth, `_watch`, sleeps while no request is open.
 
 Inputs (tensors or request parameters of the same name): text_input, max_tokens, min_tokens, ignore_eos, temperature,
 top_k, top_p, seed, stream, return_token_ids. Outputs: text_output (what is new since the last response) and
@@ -23,8 +24,8 @@ import numpy as np
 import tokenizers
 import torch
 import triton_python_backend_utils as pb_utils
-from llm_engine import Engine, read_settings
-from llm_request import BadRequestError, check_context, parse_prompt, read_request
+from llm_request import BadRequestError, Output, check_context, parse_prompt, read_request
+from llm_settings import read_settings
 from llm_text import TextStream
 
 WATCH_PERIOD_S = 0.25  # how soon a client that went away is noticed, and how fresh the gauges are
@@ -64,7 +65,7 @@ class TritonPythonModel:
         started = time.monotonic()
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "weights" / "tokenizer.json"))
         self.tokenizer.no_truncation()
-        self.engine = Engine(folder / "weights", self.settings, device)
+        self.engine = _engine(folder, self.settings, device, args["model_name"])
         self._open: dict[str, OpenRequest] = {}
         self._tally = {"tokens_in": 0, "tokens_out": 0, "cancelled": 0}
         self._lock = threading.Lock()  # guards _open, _tally and _stopping
@@ -77,8 +78,8 @@ class TritonPythonModel:
         for thread in self._threads:
             thread.start()
         pb_utils.Logger.log_info(
-            f"{args['model_name']}: {self.settings['precision']} on {device}, {torch.get_num_threads()} threads,"
-            f" ready in {time.monotonic() - started:.1f} s"
+            f"{args['model_instance_name']}: {self.settings['precision']} on {device}, ready in"
+            f" {time.monotonic() - started:.1f} s"
         )
 
     def execute(self, requests: list) -> None:
@@ -147,25 +148,23 @@ class TritonPythonModel:
                 self._fail_all(failure)
                 return
 
-    def _send(self, output) -> None:
-        finished = output.is_finished()
-        entry = self._close(output.request_id) if finished else self._open.get(output.request_id)
+    def _send(self, output: Output) -> None:
+        entry = self._close(output.request_id) if output.finished else self._open.get(output.request_id)
         if entry is None:
             return  # cancelled meanwhile
         if output.error:
             _refuse(entry.sender, output.error, pb_utils.TritonError.INTERNAL)
             return
-        total = len(output.generated_tokens)
-        fresh = output.generated_tokens[entry.sent_tokens :]
-        entry.sent_tokens = total
-        self._tally["tokens_out"] += len(fresh)
-        tensors = [_text("text_output", entry.text.push(fresh, finished)), _number("num_output_tokens", len(fresh))]
-        if entry.return_ids and fresh:
-            tensors.append(pb_utils.Tensor("output_ids", np.array(fresh, dtype=np.int32)))
-        if finished:
-            reason = "stop" if output.generated_tokens[-1] in self.engine.end_ids else "length"
-            tensors += _ending(reason, entry.prompt_tokens, total)
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if finished else 0
+        entry.sent_tokens += len(output.tokens)
+        self._tally["tokens_out"] += len(output.tokens)
+        text = entry.text.push(output.tokens, output.finished)
+        tensors = [_text("text_output", text), _number("num_output_tokens", len(output.tokens))]
+        if entry.return_ids and output.tokens:
+            tensors.append(pb_utils.Tensor("output_ids", np.array(output.tokens, dtype=np.int32)))
+        if output.finished:
+            reason = "stop" if output.tokens and output.tokens[-1] in self.engine.end_ids else "length"
+            tensors += _ending(reason, entry.prompt_tokens, entry.sent_tokens)
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if output.finished else 0
         entry.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
     def _watch(self) -> None:
@@ -202,9 +201,10 @@ class TritonPythonModel:
     def _publish(self) -> bool:
         """Set gauges and counters; True while sequences are running or waiting, or tokens were counted."""
         running, waiting, kv_usage = self.engine.occupancy()
-        self._metrics["running"].set(running)
-        self._metrics["waiting"].set(waiting)
-        self._metrics["kv_usage"].set(kv_usage)
+        if self.engine.leads:
+            self._metrics["running"].set(running)
+            self._metrics["waiting"].set(waiting)
+            self._metrics["kv_usage"].set(kv_usage)
         with self._lock:
             tally, self._tally = self._tally, dict.fromkeys(self._tally, 0)
         for name, amount in tally.items():
@@ -225,6 +225,18 @@ def _device(wanted: str, args: dict) -> str:
     if args["model_instance_kind"] == "GPU" and torch.cuda.is_available():
         return f"cuda:{args['model_instance_device_id']}"
     return "cpu"
+
+
+def _engine(folder: Path, settings: dict, device: str, name: str):
+    """The engine that settings.json names: transformers' continuous batching, or the slots of a process of its own."""
+    if settings["engine"] != "batching":
+        from llm_link import RemoteEngine
+
+        tell = pb_utils.Logger.log_info
+        return RemoteEngine(folder / "weights", settings, device, name, lambda text: tell(f"{name}: {text}"))
+    from llm_engine import Engine
+
+    return Engine(folder / "weights", settings, device)
 
 
 def _metrics(labels: dict) -> tuple[list, dict]:

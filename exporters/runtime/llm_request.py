@@ -51,6 +51,16 @@ class Prompt:
         return self.temperature == 0.0 or self.top_k == 1
 
 
+@dataclass(slots=True)
+class Output:
+    """What an engine made for one request since the last time: new token ids, or the reason why there are none."""
+
+    request_id: Any
+    tokens: list[int]
+    finished: bool
+    error: str | None = None
+
+
 def read_request(request) -> dict[str, Any]:
     """All fields of a Triton request as Python values, without any check."""
     fields: dict[str, Any] = {}

@@ -60,7 +60,7 @@ def _steadiness(summary: Summary) -> list[Reason]:
 
 
 def _window(summary: Summary) -> list[Reason]:
-    name = "tokens_per_s" if summary["tokens_out"] else "qps"
+    name = "tokens_per_s" if summary.get("tokens_out") else "qps"
     honest, flattered = summary[name], summary[f"loadgen_{name}"]
     if not honest or not flattered or flattered <= WINDOW_LIMIT * honest:
         return []

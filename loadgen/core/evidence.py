@@ -30,7 +30,8 @@ from loadgen.core.verdict import limited
 DOUBT = 0.05
 WELL_INSIDE = 0.8  # of a limit; a percentile of a short probe that close to it may well lie beyond it
 BACKLOG = 0.01  # p-value at which a backlog grows, as in core.steady_state
-BROKEN = {"tokens_uncounted", "token_mismatch", "output_length", "no_requests"}  # no other rate would mend these
+# No other rate would mend these.
+BROKEN = {"tokens_uncounted", "token_mismatch", "output_length", "no_requests", "frames_differ", "steps_differ"}
 CRITERION = {"ttft_limit", "tpot_limit", "e2e_limit", "early_stopping"}  # what a goodput below the percentile replaces
 SHORTNESS = {"min_duration", "min_queries", "early_stopping"}  # what every short probe lacks
 Finding = tuple[Outcome, str]

@@ -16,63 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from loadgen.core import clips
 from loadgen.core.dependence import Float
 from loadgen.core.honesty import beside
+from loadgen.core.percentiles import PERCENTILES as PERCENTILES
+from loadgen.core.percentiles import GapHistogram as GapHistogram
+from loadgen.core.percentiles import Summary as Summary
+from loadgen.core.percentiles import describe as describe
+from loadgen.core.percentiles import percentile_name as percentile_name
 from loadgen.core.record import NEVER, Bool, Int64, Outcome, Rows
 from loadgen.core.scenario import Kind, Limits, Scenario
 
 SMALL = ("seq", "query", "sample", "worker", "tokens_out", "asked_out")  # columns that 32 bits hold
-PERCENTILES = (0.50, 0.90, 0.95, 0.97, 0.99, 0.999)
-Summary = dict[str, Any]
-
-
-def percentile_name(p: float) -> str:
-    """0.99 → "p99", 0.999 → "p99.9"."""
-    return f"p{p * 100:.10g}"
-
-
-class GapHistogram:
-    """Pooled gaps between responses, in constant memory: log-spaced bins 0.034 % wide (1/2048 of an octave).
-
-    A million streams of a hundred tokens have 10^8 gaps; exact percentiles would need them all. Reported values are
-    the upper edge of their bin, so they err by at most 0.034 %, upwards.
-    """
-
-    BINS_PER_OCTAVE = 2048
-
-    def __init__(self) -> None:
-        self.counts = np.zeros(45 * self.BINS_PER_OCTAVE, dtype=np.int64)  # 1 ns to 9.7 hours
-        self.total_ns = 0
-
-    def add(self, gaps_ns: Int64) -> None:
-        """Counts an array of gaps, in ns."""
-        bins = np.ceil(np.log2(np.maximum(gaps_ns, 1)) * self.BINS_PER_OCTAVE).astype(np.int64)
-        self.counts += np.bincount(np.minimum(bins, len(self.counts) - 1), minlength=len(self.counts))
-        self.total_ns += int(gaps_ns.sum())
-
-    def describe(self) -> Summary:
-        """count, mean, min, max and percentiles, in ns, like `describe`."""
-        count = int(self.counts.sum())
-        if not count:
-            return {"count": 0, "failed": 0}
-        cumulative = np.cumsum(self.counts)
-        edges = {percentile_name(p): int(np.searchsorted(cumulative, int(count * p), "right")) for p in PERCENTILES}
-        edges |= {"min": int(np.flatnonzero(self.counts)[0]), "max": int(np.flatnonzero(self.counts)[-1])}
-        values = {name: round(2 ** (bin_ / self.BINS_PER_OCTAVE)) for name, bin_ in edges.items()}
-        return {"count": count, "failed": 0, "mean": self.total_ns / count, **values}
-
-
-def describe(values: Int64, failed: int) -> Summary:
-    """count, failed, mean, min, max and LoadGen percentiles of `values`, with `failed` infinite values behind them."""
-    values = np.sort(values)
-    n = len(values) + failed
-    out: Summary = {"count": len(values), "failed": failed}
-    if len(values):
-        out |= {"mean": float(values.mean()), "min": int(values[0]), "max": int(values[-1])}
-    for p in PERCENTILES if n else ():
-        index = int(n * p)
-        out[percentile_name(p)] = int(values[index]) if index < len(values) else None
-    return out
 
 
 @dataclass(frozen=True)
@@ -163,7 +118,11 @@ Values = Int64 | float | int | None
 
 @dataclass(frozen=True)
 class Metric:
-    """One line of the table: `unit` "ns" is a distribution over rows, everything else one number for the run."""
+    """One line of the table: `unit` "ns" is a distribution over rows, everything else one number for the run.
+
+    `family` is `llm` or `video` where only such runs have it. `of_responses` marks a formula that reads chunks: it is
+    given one batch of rows after the other.
+    """
 
     name: str
     label: str
@@ -171,35 +130,49 @@ class Metric:
     better: str  # "lower", "higher" or "" where neither is better
     help: str
     formula: Callable[[Rows, Context], Values]
+    family: str = ""
+    of_responses: bool = False
 
 
 METRICS: tuple[Metric, ...] = (
     Metric("ttft_ns", "TTFT", "ns", "lower", "time to first token: first response with a token − due",
-           lambda r, c: ttft(r)),
+           lambda r, c: ttft(r), "llm"),
     Metric("tpot_ns", "TPOT", "ns", "lower", "time per output token: (done − first) / (output tokens − 1), per request",
-           lambda r, c: tpot(r)),
+           lambda r, c: tpot(r), "llm"),
     Metric("itl_ns", "ITL", "ns", "lower",
            "inter-token latency: gaps between consecutive responses, pooled; a response may carry several tokens",
-           lambda r, c: gaps(r)),
+           lambda r, c: gaps(r), "llm"),
+    Metric("start_ns", "Start", "ns", "lower", "first response, sent after text encoding, − due; queueing counts",
+           lambda r, c: ttft(r), "video"),
+    Metric("step_ns", "Step", "ns", "lower", "s/step: gap from one denoising step's response to the next, pooled",
+           lambda r, c: clips.step_gaps(r), "video", True),
+    Metric("denoise_ns", "Denoise", "ns", "lower", "all denoising steps of a video",
+           lambda r, c: clips.denoise(r), "video", True),
+    Metric("decode_ns", "Decode", "ns", "lower", "last step − the video: VAE decoding, making and sending the answer",
+           lambda r, c: clips.decode(r), "video", True),
     Metric("e2e_ns", "E2E", "ns", "lower", "end-to-end latency: done − due",
            lambda r, c: (r.done_ns - r.due_ns)[r.ok]),
     Metric("query_ns", "Query", "ns", "lower", "query latency: end of the query's last sample − due",
            lambda r, c: query_latency(r)),
     Metric("ttft_sent_ns", "TTFT from send", "ns", "lower", "first response with a token − send; hides client delay",
-           lambda r, c: (r.first_ns - r.sent_ns)[_answered(r)]),
+           lambda r, c: (r.first_ns - r.sent_ns)[_answered(r)], "llm"),
     Metric("e2e_sent_ns", "E2E from send", "ns", "lower", "done − send; hides client delay",
            lambda r, c: (r.done_ns - r.sent_ns)[r.ok]),
     Metric("qps", "QPS", "1/s", "higher", "completed requests / time from T0 to the last response",
            lambda r, c: _rate(int(r.ok.sum()), c.window_ns(r))),
     Metric("tokens_per_s", "tokens/s", "tokens/s", "higher",
            "output tokens of completed requests / time to the last response",
-           lambda r, c: _rate(int(r.tokens_out[r.ok].sum()), c.window_ns(r))),
+           lambda r, c: _rate(int(r.tokens_out[r.ok].sum()), c.window_ns(r)), "llm"),
+    Metric("frames_per_s", "frames/s", "frames/s", "higher", "frames of completed videos / time to the last response",
+           lambda r, c: _rate(int(r.tokens_out[r.ok].sum()), c.window_ns(r)), "video"),
+    Metric("seconds_per_video", "s/video", "s", "lower", "time to the last response / completed videos",
+           lambda r, c: c.window_ns(r) / 1e9 / int(r.ok.sum()) if r.ok.any() else None, "video"),
     Metric("loadgen_qps", "QPS (LoadGen)", "1/s", "higher",
            "LoadGen's figure: for Server (completed − 1) / completion time of the query scheduled last",
            lambda r, c: _rate(int(r.ok.sum()) - (c.kind is Kind.SERVER), c.loadgen_window_ns(r))),
     Metric("loadgen_tokens_per_s", "tokens/s (LoadGen)", "tokens/s", "higher",
            "LoadGen's figure: all tokens / completion time of the query scheduled last",
-           lambda r, c: _rate(int(r.tokens_out[r.ok].sum()), c.loadgen_window_ns(r))),
+           lambda r, c: _rate(int(r.tokens_out[r.ok].sum()), c.loadgen_window_ns(r)), "llm"),
     Metric("goodput_qps", "goodput", "1/s", "higher", "requests inside all latency limits / time to the last response",
            lambda r, c: _rate(int(within_limits(r, c.limits).sum()), c.window_ns(r))),
     Metric("goodput_share", "goodput share", "ratio", "higher", "requests inside all latency limits / all scheduled",
@@ -214,10 +187,14 @@ METRICS: tuple[Metric, ...] = (
            lambda r, c: int(r.tokens_in[r.ok & (r.tokens_in != NEVER)].sum())),
     Metric("tokens_out", "tokens out", "tokens", "higher",
            "output tokens of completed requests, by the server's count",
-           lambda r, c: int(r.tokens_out[r.ok].sum())),
+           lambda r, c: int(r.tokens_out[r.ok].sum()), "llm"),
+    Metric("frames_out", "frames", "frames", "higher", "frames of completed videos, by the server's count",
+           lambda r, c: int(r.tokens_out[r.ok].sum()), "video"),
+    Metric("steps", "steps", "steps", "", "denoising steps of completed videos",
+           lambda r, c: clips.steps(r), "video", True),
     Metric("tokens_per_response", "tokens/response", "tokens", "",
            "mean tokens in a response; 1 means that ITL is a true inter-token gap",
-           lambda r, c: float(r.chunk_tokens.mean()) if len(r.chunk_tokens) else None),
+           lambda r, c: float(r.chunk_tokens.mean()) if len(r.chunk_tokens) else None, "llm"),
     Metric("peak_in_flight", "peak in flight", "requests", "", "most requests between send and done",
            lambda r, c: peak_in_flight(r)),
 )  # fmt: skip
@@ -229,31 +206,53 @@ def summarise(batches: Iterable[Rows], scenario: Scenario) -> tuple[Summary, Row
     Memory: see `join`; it does not depend on the number of tokens, since chunks are folded batch by batch.
     """
     histogram, counts = GapHistogram(), np.zeros(2, dtype=np.int64)  # tokens, and responses that carried them
+    context = Context(scenario.kind, scenario.limits)
+    metrics = metrics_of({scenario.family})
+    folded: dict[str, list[Any]] = {m.name: [] for m in metrics if m.of_responses}
 
     def measured() -> Iterator[Rows]:
         for batch in batches:
             rows = select(batch, batch.measured)
             histogram.add(gaps(rows))
             counts[:] += int(rows.chunk_tokens.sum()), len(rows.chunk_tokens)
+            for metric in metrics:
+                if metric.of_responses:
+                    folded[metric.name].append(metric.formula(rows, context))
             yield rows
 
     rows = join(measured())
     tokens, responses = counts.tolist()
-    context = Context(scenario.kind, scenario.limits)
     summary: Summary = {}
-    for metric in METRICS:
-        if metric.name == "itl_ns":
+    for metric in metrics:
+        if metric.of_responses:
+            parts = folded[metric.name]
+            whole = np.concatenate(parts) if metric.unit == "ns" else sum(parts)
+            summary[metric.name] = _described(metric, rows, whole) if metric.unit == "ns" else int(whole)
+        elif metric.name == "itl_ns":
             summary[metric.name] = histogram.describe()
         elif metric.name == "tokens_per_response":
             summary[metric.name] = tokens / responses if responses else None
         elif metric.unit == "ns":
-            values = np.asarray(metric.formula(rows, context))
-            summary[metric.name] = describe(values, _failures(metric.name, rows, len(values)))
+            summary[metric.name] = _described(metric, rows, np.asarray(metric.formula(rows, context)))
         else:
             summary[metric.name] = metric.formula(rows, context)
-    summary |= beside(rows, latency_columns(rows), context.window_ns(rows), ordered=context.kind is not Kind.OFFLINE)
+    columns = latency_columns(rows) if scenario.family == "llm" else {"e2e_ns": latency_columns(rows)["e2e_ns"]}
+    summary |= beside(rows, columns, context.window_ns(rows), ordered=context.kind is not Kind.OFFLINE)
+    if scenario.family == "video":  # what a row counts are frames
+        summary["intervals"]["frames_per_s"] = summary["intervals"].pop("tokens_per_s")
+        figures = summary["steady_state"]["summary"]
+        figures["frames_per_s"] = figures.pop("tokens_per_s")
     summary["outcomes"] = {o.value: int(rows.ended(o).sum()) for o in Outcome}
     return summary, rows
+
+
+def metrics_of(families: set[str]) -> list[Metric]:
+    """The lines of the table that runs of these families (`llm`, `video`) have."""
+    return [m for m in METRICS if not m.family or m.family in families]
+
+
+def _described(metric: Metric, rows: Rows, values: Int64) -> Summary:
+    return describe(values, 0 if metric.name == "step_ns" else _failures(metric.name, rows, len(values)))
 
 
 def latency_columns(rows: Rows) -> dict[str, Float]:

@@ -60,15 +60,15 @@ SCHEMA: tuple[Column, ...] = (
     Column("phase", "string", "warmup or measure"),
     Column("due_ns", "int64", "when the schedule wanted the request sent"),
     Column("sent_ns", "int64", "when its first byte was handed to the socket (connect time lies before it)"),
-    Column("first_ns", "int64", "arrival of the first response that carried a token"),
+    Column("first_ns", "int64", "arrival of the first response that carried a token; video: of the first response"),
     Column("done_ns", "int64", "arrival of the end of the stream, or of the failure"),
     Column("tokens_in", "int32", "prompt tokens as the server counted them"),
-    Column("tokens_out", "int32", "output tokens, summed from the server's count in each response"),
+    Column("tokens_out", "int32", "output tokens (video: frames), summed from the server's count in each response"),
     Column("usage_out", "int32", "output tokens by the server's final usage; differs from tokens_out on a mismatch"),
-    Column("asked_out", "int32", "output tokens the request asked for"),
+    Column("asked_out", "int32", "output tokens (video: frames) the request asked for"),
     Column("asked_in", "int32", "prompt tokens the prompt was made to have; null for a text of any length"),
-    Column("chunk_ns", "list<int64>", "arrival of each response that carried tokens"),
-    Column("chunk_tokens", "list<int32>", "tokens in each of those responses"),
+    Column("chunk_ns", "list<int64>", "arrival of each response that carried tokens; video: of every response"),
+    Column("chunk_tokens", "list<int32>", "tokens in each of those responses; video: frames, 0 for a denoising step"),
     Column("outcome", "string", "ok, error, timeout, shed or cut"),
     Column("error", "string", "class and text of the failure"),
 )
@@ -80,6 +80,14 @@ class Answer:
 
     text: list[str] = field(default_factory=list)
     token_ids: array[int] = field(default_factory=lambda: array("i"))
+
+
+@dataclass(slots=True)
+class KeptClip:
+    """What is kept of the first few videos: a JPEG contact sheet, and what the server said of its stages."""
+
+    jpeg: bytes
+    facts: dict[str, float | int | str]
 
 
 @dataclass(slots=True)
@@ -105,6 +113,7 @@ class Record:
     outcome: Outcome = Outcome.CUT
     error: str | None = None
     answer: Answer | None = None  # no column: accuracy mode writes it to a file of its own
+    clip: KeptClip | None = None  # no column either
 
 
 @dataclass(frozen=True)

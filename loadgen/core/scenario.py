@@ -63,6 +63,18 @@ class Seeds:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """What is asked of a video model in each request: `steps` of denoising, sizes in pixels, one seed for all."""
+
+    frames: int
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    seed: int = 42  # MLPerf's text-to-video reference fixes one too
+
+
+@dataclass(frozen=True)
 class Scenario:
     """One scenario, with every default filled in.
 
@@ -72,6 +84,7 @@ class Scenario:
     `prompts` is `builtin`, `synthetic` or a file; `input_tokens` (synthetic prompts only) and `output_tokens` are
     length specs (see `lengths.parse`), drawn from `prompt_seed`. `salt_seed` None means a salt from the run's id.
     `library_size` is the number of prompts, 0 until they were loaded: equal issue pads counts to multiples of it.
+    `clip` is set for a video model; its frames stand where a language model's tokens do.
     """
 
     name: str
@@ -104,6 +117,12 @@ class Scenario:
     keep_outputs: bool = False  # accuracy mode: each prompt once, answers kept, nothing asked of speed
     reference: str | None = None
     min_agreement: float | None = None
+    clip: Clip | None = None
+
+    @property
+    def family(self) -> str:
+        """`llm` or `video`: which metrics there are."""
+        return "video" if self.clip else "llm"
 
     def to_json(self) -> dict[str, Any]:
         """As plain types, for `run.json` and for the message that workers receive."""
@@ -121,5 +140,6 @@ class Scenario:
                 "minimums": Minimums(**data["minimums"]),
                 "mlperf": Minimums(**data["mlperf"]),
                 "seeds": Seeds(**data["seeds"]),
+                "clip": Clip(**data["clip"]) if data.get("clip") else None,
             }
         )

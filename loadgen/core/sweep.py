@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-COLUMNS = ("qps", "tokens_per_s", "goodput_qps", "goodput_share")
+COLUMNS = ("qps", "tokens_per_s", "goodput_qps", "goodput_share")  # None where a family has no such figure
 LATENCIES = ("ttft_ns", "tpot_ns", "e2e_ns")
 
 
@@ -39,7 +39,7 @@ def digest(summary: Mapping[str, Any]) -> dict[str, float | None]:
     out: dict[str, float | None] = {name: summary.get(name) for name in COLUMNS}
     for name in LATENCIES:
         for p in ("p50", "p99"):
-            ns = summary[name].get(p)
+            ns = summary.get(name, {}).get(p)
             out[f"{name.removesuffix('_ns')}_{p}_ms"] = None if ns is None else ns / 1e6
     return out
 

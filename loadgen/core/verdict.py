@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from loadgen.core.cautions import cautions
+from loadgen.core.clips import frame_reasons
 from loadgen.core.early_stopping import max_overlatency, min_queries
 from loadgen.core.metrics import Summary, percentile_name, within_limits
 from loadgen.core.reason import Reason as Reason
@@ -115,7 +116,7 @@ def judge(summary: Summary, rows: Rows, scenario: Scenario, audit: Audit) -> Ver
         *_constraints(summary, scenario),
         *_minimums(rows, summary, scenario, scenario.minimums),
         *([] if scenario.keep_outputs else _client(audit, scenario)),  # no speed is claimed
-        *_tokens(rows),
+        *(frame_reasons(rows, summary["steps"], scenario.clip) if scenario.clip else _tokens(rows)),
     ]
     lacking = _minimums(rows, summary, scenario, scenario.mlperf)
     remarks = cautions(summary, rows, scenario, limited(scenario.limits))

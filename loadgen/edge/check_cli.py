@@ -144,10 +144,10 @@ def check_run(run: store.Run) -> Recheck:
     if scenario.kind in (Kind.SINGLE_STREAM, Kind.MULTI_STREAM):
         out.discards = discards(out.queries, scenario.percentile)
     _traffic(run, rows, out)
-    out.completed_per_s, out.tokens_per_s = summary["loadgen_qps"], summary["loadgen_tokens_per_s"]
-    out.honest_samples_per_s, out.honest_tokens_per_s = summary["qps"], summary["tokens_per_s"]
+    out.completed_per_s, out.tokens_per_s = summary["loadgen_qps"], summary.get("loadgen_tokens_per_s")
+    out.honest_samples_per_s, out.honest_tokens_per_s = summary["qps"], summary.get("tokens_per_s")
     out.true_window_s = summary["duration_s"] or None
-    if summary["tokens_per_s"] and summary["loadgen_tokens_per_s"]:
+    if summary.get("tokens_per_s") and summary["loadgen_tokens_per_s"]:
         out.ratio = summary["loadgen_tokens_per_s"] / summary["tokens_per_s"]
         out.used_window_s = summary["duration_s"] / out.ratio
     if seen := view(run):

@@ -24,12 +24,15 @@ import numpy as np
 import pyarrow as pa
 from gevent.event import Event
 
+from loadgen.core.clips import step_gaps
 from loadgen.core.metrics import describe, select, tpot, ttft
 from loadgen.core.record import NEVER, Rows
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import Audit, WorkerAudit
 from loadgen.edge import store
 from loadgen.edge.accuracy import AnswerWriter, assess
+from loadgen.edge.clips import write_clips
+from loadgen.edge.clients.dialects import NATIVE
 from loadgen.edge.errors import UserError
 from loadgen.edge.worker import due_times
 
@@ -90,7 +93,8 @@ class Conductor:
             self.progress({"phase": "start", "folder": str(self.writer.folder)})
             for worker in range(self.workers):
                 plan = {"scenario": self.scenario.to_json(), "host": host, "model": model, "worker": worker}
-                self.send("begin", plan | {"workers": self.workers, "tag": self.writer.folder.name}, worker)
+                plan |= {"workers": self.workers, "tag": self.writer.folder.name}
+                self.send("begin", plan | {"dialect": self.document.get("dialect", NATIVE)}, worker)
             self._wait(lambda: self.ready | set(self.ends))
             t0 = time.time_ns() + round(LEAD_S * 1e9)
             self.document["t0_wall_ns"] = t0
@@ -123,6 +127,7 @@ class Conductor:
             self.state[worker] = {"in_flight": data["in_flight"], "sent": data["sent"]}
             if data["batch"]:
                 self._record(data["batch"])
+            write_clips(self.writer.folder, data.get("clips") or [])
             if self.answers and data.get("answers"):
                 try:
                     self.answers.write(data["answers"])
@@ -161,6 +166,13 @@ class Conductor:
         parts = [rows for _, rows in self.recent]
         elapsed = now - self.started
         total = self.scenario.minimums.duration_ns / 1e9
+        rate = sum(int(r.tokens_out.sum()) for r in parts) / min(WINDOW_S, max(elapsed, 0.5))
+        figures: dict[str, Any] = {"tokens_per_s": rate}
+        if self.scenario.clip:
+            figures = {"frames_per_s": rate, "step_ms": _percentiles([step_gaps(r) for r in parts])}
+        else:
+            figures["ttft_ms"] = _percentiles([ttft(r) for r in parts])
+            figures["tpot_ms"] = _percentiles([tpot(r) for r in parts])
         return {
             "phase": "drain" if self.phase == "measure" and elapsed > total else self.phase,
             "elapsed_s": round(max(elapsed, 0.0), 2),
@@ -170,9 +182,7 @@ class Conductor:
             "done": self.done,
             "failed": self.failed,
             "in_flight": sum(s["in_flight"] for s in self.state.values()),
-            "tokens_per_s": sum(int(r.tokens_out.sum()) for r in parts) / min(WINDOW_S, max(elapsed, 0.5)),
-            "ttft_ms": _percentiles([ttft(r) for r in parts]),
-            "tpot_ms": _percentiles([tpot(r) for r in parts]),
+            **figures,
             "e2e_ms": _percentiles([(r.done_ns - r.due_ns)[r.ok] for r in parts]),
         }
 

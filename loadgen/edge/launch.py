@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from loadgen.edge import store
+from loadgen.edge import scenarios, store
 from loadgen.edge.errors import UserError
 from loadgen.edge.options import PROGRESS_FD
 from loadgen.edge.progress import watch
@@ -38,13 +38,14 @@ class Launched:
     interrupted: bool = False
 
 
-def launch(arguments: list[str], console: Console, locust_file: str = "llm.py") -> Launched:
-    """Runs `locust -f loadgen/<locust_file> --headless` with `arguments` to its end.
+def launch(arguments: list[str], console: Console, locust_file: str | None = None) -> Launched:
+    """Runs `locust -f loadgen/<locust_file> --headless` with `arguments` to its end; None: the one for `--model`.
 
     Ctrl-C is passed on once, and the run is then sealed as INVALID. Raises UserError with the load process's own
     message when nothing could be measured, and RuntimeError with the end of its log when it crashed without a run.
     """
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUST_FILES / locust_file), "--headless", "--only-summary"]
+    file = LOCUST_FILES / (locust_file or locust_file_for(arguments))
+    command = [sys.executable, "-m", "locust", "-f", str(file), "--headless", "--only-summary"]
     receive, send = os.pipe()
     with tempfile.TemporaryFile("w+", prefix="tritonmark-load-") as log:
         process = subprocess.Popen(
@@ -59,6 +60,12 @@ def launch(arguments: list[str], console: Console, locust_file: str = "llm.py") 
         launched = _result(code, seen.get("folder"), log)
         launched.interrupted = bool(interrupts)
         return launched
+
+
+def locust_file_for(arguments: list[str]) -> str:
+    """`video.py` for a model that is bound to a clip in `models.toml`, else `llm.py`."""
+    model = arguments[arguments.index("--model") + 1] if "--model" in arguments[:-1] else ""
+    return "video.py" if "clip" in scenarios.binding(model) else "llm.py"
 
 
 def _remember(lines: IO[str], seen: dict[str, Any]) -> Iterator[str]:

@@ -66,6 +66,7 @@ def view(run: Run) -> LoadGenView | None:
     ok = column.pop("ok") & (column["done_ns"] != NEVER)
     tokens = column["tokens_out"]
     token_mode = bool(tokens[ok].any()) or scenario.limits.ttft_ns is not None or scenario.limits.tpot_ns is not None
+    token_mode = token_mode and scenario.clip is None  # a video's frames are no tokens: MLPerf counts samples
     if token_mode:
         ok &= (column["first_ns"] != NEVER) & (tokens > 0)
     due = column["due_ns"]

@@ -32,6 +32,7 @@ from loadgen.core.record import Outcome, Record
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import WorkerAudit
 from loadgen.edge import accuracy, hardware, scenarios
+from loadgen.edge.clients.dialects import dialect_of
 from loadgen.edge.clients.triton_http import probe
 from loadgen.edge.conductor import Conductor
 from loadgen.edge.errors import UserError
@@ -49,6 +50,7 @@ class IdleUser(User):
 
     abstract = True
     wait_time = constant(1)
+    family = "llm"  # which models the locust file is for
 
     @task
     def idle(self) -> None:
@@ -137,8 +139,9 @@ class Worker:
             response_length=record.tokens_out, exception=error, context={},
         )  # fmt: skip
         if record.first_ns is not None:
+            first = "start from due" if self.load and self.load.scenario.clip else "TTFT from due"
             self.environment.events.request.fire(
-                request_type="generate", name="TTFT from due", response_time=(record.first_ns - record.due_ns) / 1e6,
+                request_type="generate", name=first, response_time=(record.first_ns - record.due_ns) / 1e6,
                 response_length=0, exception=None, context={},
             )  # fmt: skip
 
@@ -168,15 +171,23 @@ class Control:
         library = PromptLibrary(scenario.prompts, scenario)
         scenario = scenarios.sized(scenario, len(library))
         accuracy.check(scenario)
+        family = getattr(self.environment.user_classes[0], "family", scenario.family)
+        if family != scenario.family:
+            made = {"llm": "text: use loadgen/llm.py", "video": "video: use loadgen/video.py"}[scenario.family]
+            raise UserError(f"{options.model} makes {made}")
         host = self.environment.host or ""
         server = probe(host, options.model)
         parameters = server.pop("parameters")
         exported = {k.removeprefix("tritonmark."): v for k, v in parameters.items() if k.startswith("tritonmark.")}
+        if (exported.get("family") == "video") != (scenario.clip is not None) and exported:
+            raise UserError(f"{options.model} is {exported.get('model')}: export it under a name that begins with that,"
+                            " so that its clip and limits are known")  # fmt: skip
         document = {
             "model": options.model,
             "backend": exported.get("backend", server["backend"] or "unknown"),
             "precision": exported.get("precision", "unknown"),
             "weights": exported.get("weights", "unknown"),
+            "dialect": dialect_of(server["backend"], parameters),
             "exported": exported,
             "server": {"url": host, **server},
             "hardware": hardware.describe(host, options.hardware),

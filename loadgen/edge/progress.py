@@ -49,7 +49,7 @@ def plain(state: dict[str, Any]) -> str:
     parts = [
         f"{state.get('phase', '?')} {_time(state)}",
         _counts(state),
-        f"{_number(state.get('tokens_per_s'))} tokens/s",
+        _rate(state),
     ]
     parts += [f"{name} p50 {p50} p99 {p99} ms" for name, p50, p99 in _latencies(state)]
     return "  ".join(parts)
@@ -61,7 +61,7 @@ def _draw(state: dict[str, Any]) -> RenderableType:
     head = Table.grid(padding=(0, 2))
     head.add_row(Text(str(state.get("phase", "?")), style="bold"), bar, _time(state))
     body = Table.grid(padding=(0, 2))
-    body.add_row(_counts(state), f"{_number(state.get('tokens_per_s'))} tokens/s")
+    body.add_row(_counts(state), _rate(state))
     body.add_row(*(f"{name} p50 {p50}  p99 {p99} ms" for name, p50, p99 in _latencies(state)))
     return Group(head, body)
 
@@ -78,8 +78,14 @@ def _counts(state: dict[str, Any]) -> str:
     return text + (f", FAILED {state['failed']}" if state.get("failed") else "")
 
 
+def _rate(state: dict[str, Any]) -> str:
+    unit = "frames" if "frames_per_s" in state else "tokens"
+    return f"{_number(state.get(f'{unit}_per_s'))} {unit}/s"
+
+
 def _latencies(state: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
-    for key, name in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("e2e_ms", "E2E")):
+    first = (("step_ms", "step"),) if "frames_per_s" in state else (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"))
+    for key, name in (*first, ("e2e_ms", "E2E")):
         values = state.get(key)
         values = values if isinstance(values, dict) else {}
         yield name, _number(values.get("p50")), _number(values.get("p99"))

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from loadgen.core.metrics import METRICS, Metric, percentile_name
+from loadgen.core.metrics import METRICS, Metric, metrics_of, percentile_name
 from loadgen.core.record import Outcome, Phase
 from loadgen.core.scenario import Kind
 from loadgen.core.verdict import limited
@@ -25,6 +25,7 @@ from loadgen.edge.store import Run
 
 MISSING, FAILED = "–", "failed"
 SHOWN = (0.50, 0.90, 0.99)
+RATES = ("1/s", "tokens/s", "frames/s", "ratio", "seconds_per_video")  # units, and one name, of what is throughput
 SECONDS_FROM_NS = 100e9  # a row whose smallest value is above this is read in seconds
 ERROR_TEXTS = 5  # as many different errors are listed
 _DISTINCT_ERRORS = 10_000  # texts remembered while counting; an error with a unique id must not fill the memory
@@ -69,10 +70,11 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     """Everything that a report prints in tables, a column a run, in reading order."""
     shown = tuple(percentile_name(p) for p in sorted({*SHOWN, *(r.scenario.percentile for r in runs)}))
     of_queries = any(r.scenario.samples_per_query > 1 for r in runs)  # elsewhere a query is a request
-    metrics = [m for m in METRICS if of_queries or m.name not in ("query_ns", "queries")]
+    known = metrics_of({r.scenario.family for r in runs})
+    metrics = [m for m in known if of_queries or m.name not in ("query_ns", "queries")]
     distributions = [m for m in metrics if m.unit == "ns"]
-    rates = [m for m in metrics if m.unit in ("1/s", "tokens/s", "ratio") and _worth_showing(m, runs)]
-    counts = [m for m in metrics if m.unit != "ns" and m.unit not in ("1/s", "tokens/s", "ratio")]
+    rates = [m for m in metrics if (m.unit in RATES or m.name in RATES) and _worth_showing(m, runs)]
+    counts = [m for m in metrics if m.unit != "ns" and m.unit not in RATES and m.name not in RATES]
     from_send = [m for m in distributions if m.name.endswith("_sent_ns")]
     from_due = [m for m in distributions if m not in from_send]
     due = "the clock starts when the schedule wanted the request sent: waiting in client or server counts"

@@ -15,14 +15,16 @@ from html import escape
 from importlib.metadata import version
 from typing import Any
 
-from loadgen.core.metrics import METRICS
+from loadgen.core.metrics import METRICS, metrics_of
 from loadgen.edge import report_data
 from loadgen.edge.report_data import FAILED, Row, Section
 from loadgen.edge.report_plots import COLOURS, distributions, over_time
 from loadgen.edge.report_series import series
+from loadgen.edge.report_video import clips_section
 from loadgen.edge.store import Run
 
-KEY_FIGURES = ("ttft_ns", "tpot_ns", "e2e_ns", "tokens_per_s", "goodput_qps", "failed")
+KEY_FIGURES = ("ttft_ns", "tpot_ns", "step_ns", "e2e_ns", "tokens_per_s", "frames_per_s", "seconds_per_video",
+               "goodput_qps", "failed")  # fmt: skip
 WHY = (("reasons", "Why it is INVALID"), ("cautions", "Cautions"))
 LACKING = (("lacking", "Lacking for MLPerf length"),)
 
@@ -42,9 +44,10 @@ def html(runs: Sequence[Run]) -> str:
         _header(runs),
         _key_figures(runs),
         _findings(runs, WHY),
+        *(clips_section(r, f"{_name(r, runs)}: " if len(runs) > 1 else "") for r in runs),
         *plots_and_table,
         _findings(runs, LACKING),
-        _how_to_read(),
+        _how_to_read({r.scenario.family for r in runs}),
         _footer(runs),
         f'<script type="application/json" id="figures">{_json(figures)}</script>',
         *(f"<script>{s}</script>" for s in scripts),
@@ -203,9 +206,9 @@ def _remarks(title: str, reasons: list[dict[str, Any]]) -> str:
             f"</tr>{''.join(f'<tr>{r}</tr>' for r in rows)}</table>")  # fmt: skip
 
 
-def _how_to_read() -> str:
+def _how_to_read(families: set[str]) -> str:
     """The formulas, from the table that computes them."""
-    terms = "".join(f"<dt>{escape(m.label)}</dt><dd>{escape(m.help)}</dd>" for m in METRICS)
+    terms = "".join(f"<dt>{escape(m.label)}</dt><dd>{escape(m.help)}</dd>" for m in metrics_of(families))
     return (
         "<h2>How to read this</h2><p>Percentiles are LoadGen's, <code>sorted[floor(n · p)]</code> without "
         "interpolation, over every measured request; a failed request counts as slower than any that completed, and a "

@@ -12,12 +12,11 @@ from typing import Any
 from loadgen.core.metrics import METRICS, percentile_name
 from loadgen.core.scenario import Limits
 from loadgen.edge.report_data import facts
-from loadgen.edge.report_series import BANDS, Series
+from loadgen.edge.report_series import BANDS, TEXT, Series
 from loadgen.edge.store import Run
 
 Figure = dict[str, Any]
 COLOURS = 7
-PANELS = ("ttft", "tpot", "e2e")
 _LABELS = {m.name.removesuffix("_ns"): m.label for m in METRICS}
 _TICKS = (0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
 # Band to dash, width and opacity: three shades of one line, told apart without colour.
@@ -35,19 +34,22 @@ def nines(p: float) -> float:
 
 
 def distributions(runs: Sequence[Run], found: list[Series]) -> Figure:
-    """TTFT, TPOT and E2E: share of all requests that were as fast, solid from due, dashed from send."""
+    """TTFT, TPOT and E2E (of a video start, step, E2E): share of all requests that were as fast, solid from due, dashed
+    from send."""
     data: list[dict[str, Any]] = []
     layout: Figure = {"grid": {"rows": 1, "columns": 3, "pattern": "independent"}, "hovermode": "closest",
                       "margin": {"l": 46, "r": 10, "t": 34, "b": 40}, "shapes": [], "annotations": [],
                       "legend": {"orientation": "h", "y": 1.22, "x": 0}}  # fmt: skip
-    top = max((nines(s.cdf[name]["p"][-1]) for s in found for name in PANELS if s.cdf[name]["p"]), default=1.0)
-    for n, name in enumerate(PANELS, start=1):
+    panels = found[0].names if found else TEXT
+    curves = [s.cdf[name] for s in found for name in panels if name in s.cdf]
+    top = max((nines(c["p"][-1]) for c in curves if c["p"]), default=1.0)
+    for n, name in enumerate(panels, start=1):
         axis = str(n) if n > 1 else ""
         for i, (run, series) in enumerate(zip(runs, found, strict=True)):
             for kind in (name, f"{name}_sent"):
                 if kind in series.cdf:
                     data.append(_curve(run, i, series.cdf[kind], kind, axis, len(runs) > 1))
-        values = [x for s in found for x in s.cdf[name]["x"] if x > 0]
+        values = [x for s in found for x in s.cdf.get(name, {"x": []})["x"] if x > 0]
         wide = bool(values) and max(values) > 20 * min(values)
         layout[f"xaxis{axis}"] = {"title": {"text": f"{_LABELS[name]}, ms"}, "type": "log" if wide else "linear",
                                   "rangemode": "tozero", **({"dtick": "D2"} if wide else {})}  # fmt: skip
@@ -63,7 +65,7 @@ def _curve(run: Run, index: int, points: dict[str, list[float]], kind: str, axis
     return {
         "type": "scatter", "mode": "lines", "x": points["x"], "y": [round(nines(p), 5) for p in points["p"]],
         "customdata": [round(p * 100, 5) for p in points["p"]], "name": _plain(name),
-        "legendgroup": f"{index}{from_send}", "showlegend": kind in ("ttft", "ttft_sent"), "xaxis": f"x{axis}",
+        "legendgroup": f"{index}{from_send}", "showlegend": axis == "", "xaxis": f"x{axis}",
         "yaxis": f"y{axis}", "line": {"color": colour(index), "width": 1.4 if from_send else 2,
                                       "dash": "dash" if from_send else "solid", "shape": "hv"},
         "hovertemplate": "%{customdata} % within %{x} ms",
@@ -89,14 +91,16 @@ def _limit_lines(layout: Figure, runs: Sequence[Run], name: str, axis: str, log:
 
 
 def _limit(limits: Limits, name: str) -> int | None:
-    value: int | None = getattr(limits, f"{name}_ns")
+    value: int | None = getattr(limits, f"{name}_ns", None)
     return value
 
 
 def over_time(run: Run, index: int, series: Series) -> Figure:
-    """TTFT, E2E, tokens/s and requests in flight of one run over one time axis, failures as crosses on the axis."""
+    """TTFT, E2E, tokens/s (of a video start, E2E, frames/s) and requests in flight of one run over one time axis,
+    failures as crosses on the axis."""
     data: list[dict[str, Any]] = []
-    titles = ("TTFT, ms", "E2E, ms", "tokens/s", "in flight")
+    first, made = series.names[0], "tokens/s" if series.names == TEXT else "frames/s"
+    titles = (f"{_LABELS[first]}, ms", "E2E, ms", made, "in flight")
     layout: Figure = {"margin": {"l": 60, "r": 10, "t": 24, "b": 40}, "hovermode": "x", "shapes": [],
                       "legend": {"orientation": "h", "y": 1.06, "x": 0}, "showlegend": True,
                       "xaxis": {"range": [0, series.end_s], "anchor": "y4",
@@ -105,7 +109,7 @@ def over_time(run: Run, index: int, series: Series) -> Figure:
         top = 1 - n * 0.255
         layout["yaxis" + (str(n + 1) if n else "")] = {"title": {"text": title}, "rangemode": "tozero",
                                                        "domain": [round(top - 0.215, 3), round(top, 3)]}  # fmt: skip
-    for axis, name in (("", "ttft"), ("2", "e2e")):
+    for axis, name in (("", first), ("2", "e2e")):
         data += _latency_traces(series, name, index, axis)
         limit = _limit(run.scenario.limits, name)
         highest = max((y for k in ("y", "p99") for y in series.over_time[name].get(k, ()) if y), default=0)
@@ -116,7 +120,7 @@ def over_time(run: Run, index: int, series: Series) -> Figure:
     steps = {"type": "scatter", "mode": "lines", "xaxis": "x", "showlegend": False}
     line = {"color": colour(index), "width": 1.5, "shape": "hv"}
     data.append({**steps, "x": series.tokens_per_s["t"], "y": series.tokens_per_s["y"], "yaxis": "y3", "line": line,
-                 "fill": "tozeroy", "fillcolor": colour(index, 15), "name": "tokens/s"})  # fmt: skip
+                 "fill": "tozeroy", "fillcolor": colour(index, 15), "name": made})  # fmt: skip
     data.append({**steps, "x": series.in_flight["t"], "y": series.in_flight["y"], "yaxis": "y4", "line": line,
                  "name": "in flight"})  # fmt: skip
     return {"data": data, "layout": layout}
@@ -124,7 +128,7 @@ def over_time(run: Run, index: int, series: Series) -> Figure:
 
 def _latency_traces(series: Series, name: str, index: int, axis: str) -> list[dict[str, Any]]:
     points = series.over_time[name]
-    first = name == "ttft"
+    first = name == series.names[0]
     base: dict[str, Any] = {"type": "scatter", "xaxis": "x", "yaxis": f"y{axis}", "showlegend": first}
     out: list[dict[str, Any]] = []
     if "y" in points:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from loadgen.core.clips import mean_step
 from loadgen.core.metrics import tpot, ttft
 from loadgen.core.record import NEVER, Bool, Int64, Rows
 from loadgen.core.scenario import Kind
@@ -23,6 +24,7 @@ BINS = 240
 POINTS = 1500  # up to as many requests are drawn one by one
 BANDS = ("p50", "p90", "p99")
 _NAMES = ("due", "sent", "done", "failed", "ttft", "tpot", "e2e")
+TEXT, VIDEO = ("ttft", "tpot", "e2e"), ("start", "step", "e2e")
 
 
 @dataclass
@@ -36,17 +38,20 @@ class Series:
     in_flight: dict[str, list[float]]
     end_s: float
     by: str  # "due time" or "completion": what the time axis of the latencies is
+    names: tuple[str, str, str] = TEXT  # of the three latencies; a video has `start` and `step` in place of tokens
 
 
 def series(run: Run) -> Series:
     """Reads the rows of a run once. About 2 s for a million rows without chunks."""
     last_s = float(run.summary["duration_s"] or 0)
-    edges = _edges(last_s, int(run.summary["tokens_out"] or 0) // 50)
+    video = run.scenario.clip is not None
+    made = run.summary["frames_out" if video else "tokens_out"]
+    edges = _edges(last_s, int(made or 0) // 50)
     tokens = np.zeros(len(edges) - 1)
     parts: list[dict[str, npt.NDArray[Any]]] = []
     for rows in run.rows():
         tokens += _tokens(rows, edges)
-        parts.append(_columns(rows))
+        parts.append(_columns(rows, video))
     c = {name: np.concatenate([p[name] for p in parts]) if parts else np.empty(0) for name in _NAMES}
     times = np.concatenate([c["due"], c["done"]])
     end = float(max(times[times != NEVER].max(initial=0) / 1e9, last_s))
@@ -54,17 +59,25 @@ def series(run: Run) -> Series:
     when = np.where(c["done"] == NEVER, end * 1e9, c["done"]) if at_end else c["due"]
     ok = ~c["failed"].astype(bool)
     out = Series(_distributions(c, ok), {}, _thinned(when[~ok] / 1e9), {}, _in_flight(c, end), end,
-                 "completion" if at_end else "due time")  # fmt: skip
+                 "completion" if at_end else "due time", VIDEO if video else TEXT)  # fmt: skip
     for name in ("ttft", "e2e"):
         out.over_time[name] = _over_time(when / 1e9, c[name], end)
+    if video:
+        for points in (out.cdf, out.over_time):
+            for old, new in (("ttft", "start"), ("tpot", "step"), ("ttft_sent", "start_sent")):
+                if old in points:
+                    points[new] = points.pop(old)  # type: ignore[assignment]
     out.tokens_per_s = {"t": _round(edges), "y": _round(np.append(tokens / np.diff(edges), 0.0))}
     return out
 
 
-def _columns(rows: Rows) -> dict[str, npt.NDArray[Any]]:
-    """The columns that outlive a batch. Latencies are ms from due, NaN where there is none, inf where it failed."""
+def _columns(rows: Rows, video: bool) -> dict[str, npt.NDArray[Any]]:
+    """The columns that outlive a batch. Latencies are ms from due, NaN where there is none, inf where it failed.
+
+    Of a video, "ttft" is its first response and "tpot" the mean time of its denoising steps.
+    """
     answered, long = rows.ok & (rows.first_ns != NEVER), rows.ok & (rows.first_ns != NEVER) & (rows.tokens_out > 1)
-    latencies = {"ttft": (answered, ttft(rows)), "tpot": (long, tpot(rows)),
+    latencies = {"ttft": (answered, ttft(rows)), "tpot": mean_step(rows) if video else (long, tpot(rows)),
                  "e2e": (rows.ok, (rows.done_ns - rows.due_ns)[rows.ok])}  # fmt: skip
     out: dict[str, npt.NDArray[Any]] = {"due": rows.due_ns, "sent": rows.sent_ns, "done": rows.done_ns,
                                         "failed": ~rows.ok}  # fmt: skip

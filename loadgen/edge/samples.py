@@ -12,19 +12,22 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from loadgen.core import lengths, sample_order
 from loadgen.core.record import Int64
-from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
+from loadgen.core.scenario import EQUAL_ISSUE, Clip, Kind, Scenario
 from loadgen.edge import synthetic
+from loadgen.edge.clients.dialects import NATIVE, request_fields
 from loadgen.edge.errors import UserError
 from loadgen.edge.prompt_files import read_prompts
-from loadgen.edge.scenarios import DATA, SYNTHETIC, length_statistics
+from loadgen.edge.scenarios import DATA, SYNTHETIC, VIDEO_PROMPTS, length_statistics
 
 BLOCK = 1 << 14
 BUILTIN = DATA / "prompts.jsonl"
+FILES = {"builtin": BUILTIN, VIDEO_PROMPTS: DATA / "video_prompts.jsonl"}
 SYNTHETIC_PROMPTS = 1024  # unless --max-prompts says otherwise
 SALT_LETTERS = 10  # of 32: 50 random bits
 
@@ -36,14 +39,14 @@ class PromptLibrary:
     without salt and answer lengths. `references` holds known good answers, None where there is none.
     """
 
-    def __init__(self, source: str, scenario: Scenario, run_id: str = "") -> None:
+    def __init__(self, source: str, scenario: Scenario, run_id: str = "", dialect: str = NATIVE) -> None:
         self.salt = _salt_key(scenario, run_id)
         self.asked_in: Int64 | None = None
         if source == SYNTHETIC:
             bare, self.texts, self.asked_in = _synthesised(scenario, self.salt or "")
             self.references: list[str | None] = [None] * len(bare)
         else:
-            prompts = read_prompts(BUILTIN if source == "builtin" else Path(source), scenario.max_prompts)
+            prompts = read_prompts(FILES.get(source) or Path(source), scenario.max_prompts)
             bare = [prompt.text for prompt in prompts]
             self.references = [prompt.reference for prompt in prompts]
             self.texts = [f"{_salt(self.salt, i)} {text}" for i, text in enumerate(bare)] if self.salt else bare
@@ -52,17 +55,22 @@ class PromptLibrary:
         told = "\0".join(bare) + "\0" + ",".join(map(str, self.asked_out.tolist()))
         self.sha256 = hashlib.sha256(told.encode()).hexdigest()
         pairs = zip(self.texts, self.asked_out.tolist(), strict=True)
-        self._bodies = [_body(text, tokens, scenario.keep_outputs) for text, tokens in pairs]
+        if scenario.clip:
+            self._bodies = [_clip_body(text, scenario.clip) for text in self.texts]
+        else:
+            ids = scenario.keep_outputs
+            self._bodies = [_body(text, request_fields(dialect, tokens, ids)) for text, tokens in pairs]
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def body(self, sample: int, request_id: str) -> bytes:
-        """The JSON body of one request: greedy, exactly `asked_out[sample]` tokens, with an id the server can log."""
+        """The JSON body of one request, with an id that the server can log: greedy, exactly `asked_out[sample]` tokens;
+        for a video model the scenario's clip, answered with a contact sheet."""
         return b'{"id":"' + request_id.encode() + b'",' + self._bodies[sample]
 
     def asks(self, sample: int) -> tuple[int, int | None]:
-        """Output tokens asked of a sample, and its exact input tokens, or None where no length was asked for."""
+        """Output tokens (frames) asked of a sample, and its exact input tokens, or None where none were asked for."""
         return int(self.asked_out[sample]), None if self.asked_in is None else int(self.asked_in[sample])
 
     def describe(self, scenario: Scenario) -> dict[str, object]:
@@ -72,14 +80,19 @@ class PromptLibrary:
         if self.asked_in is not None:
             known |= {"tokenizer_sha256": hashlib.sha256(Path(str(scenario.tokenizer)).read_bytes()).hexdigest(),
                       "input_tokens": int(self.asked_in.sum())}  # fmt: skip
-        return known | {"output_tokens": int(self.asked_out.sum())}
+        return known | {"output_frames" if scenario.clip else "output_tokens": int(self.asked_out.sum())}
 
 
-def _body(text: str, tokens: int, ids: bool) -> bytes:
-    rest = {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True, "temperature": 0.0, "stream": True}
-    if ids:
-        rest["return_token_ids"] = True
-    return b'"text_input":' + json.dumps(text).encode() + b"," + json.dumps(rest)[1:].encode()
+def _body(text: str, fields: dict[str, Any]) -> bytes:
+    return b'"text_input":' + json.dumps(text).encode() + b"," + json.dumps(fields)[1:].encode()
+
+
+def _clip_body(text: str, clip: Clip) -> bytes:
+    fields = {
+        "num_frames": clip.frames, "height": clip.height, "width": clip.width, "num_inference_steps": clip.steps,
+        "guidance_scale": clip.guidance, "seed": clip.seed, "output": "sheet", "stream": True,
+    }  # fmt: skip
+    return _body(text, fields)
 
 
 def _salt_key(scenario: Scenario, run_id: str) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loadgen.core import lengths, sample_order
-from loadgen.core.scenario import EQUAL_ISSUE, SAMPLE_ORDERS, UNIFORM, Kind, Limits, Minimums, Scenario, Seeds
+from loadgen.core.scenario import EQUAL_ISSUE, SAMPLE_ORDERS, UNIFORM, Clip, Kind, Limits, Minimums, Scenario, Seeds
 from loadgen.edge.accuracy import read_reference
 from loadgen.edge.errors import UserError
 
@@ -24,7 +24,8 @@ DATA = Path(__file__).parents[1] / "data"
 RULES = ("v6.1", "v6.0", "v5.1")  # the newest, which is the default, first
 ARRIVALS = ("poisson", "constant")
 PRESETS = ("smoke", "mlperf")  # seconds, for a first look; MLPerf's real minimum durations and counts
-SYNTHETIC = "synthetic"
+BUILTIN, VIDEO_PROMPTS, SYNTHETIC = "builtin", "builtin-video", "synthetic"
+VIDEO_WINDOW = 16  # requests open at once: one is made, the others wait, and none for longer than its timeout
 MAX_SLOTS = 50_000_000  # 400 MB of due times; a typing error, not a plan
 _DEFAULT_BINDING = {"benchmark": "llama3.1-8b", "output_tokens": 64}
 
@@ -74,6 +75,9 @@ def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str
     benchmark = _benchmark(str(over.get("benchmark") or bound.get(name) or bound["benchmark"]), rules)
     kind = Kind(data["kind"])
     mlperf = _minimums(data["mlperf"], kind, benchmark)
+    clip = _clip(bound, data, over)
+    if clip:
+        bound["output_tokens"] = clip.frames
     accuracy = _accuracy(data, over)
     scenario = Scenario(
         name=name,
@@ -90,10 +94,11 @@ def resolve(name: str, model: str, preset: str = "smoke", overrides: Mapping[str
         arrivals=_one_of("arrivals", str(over.get("arrivals", "poisson")), ARRIVALS),
         concurrency=whole(over, "concurrency", data.get("concurrency", 1)),
         samples_per_query=data.get("samples_per_query", 1),
-        max_in_flight=whole(over, "max_in_flight", data.get("max_in_flight", 4096)),
-        warmup=whole(over, "warmup", 4, least=0),
-        timeout_s=positive(over, "timeout_s", 600.0),
+        max_in_flight=whole(over, "max_in_flight", VIDEO_WINDOW if clip else data.get("max_in_flight", 4096)),
+        warmup=whole(over, "warmup", 1 if clip else 4, least=0),
+        timeout_s=positive(over, "timeout_s", 3600.0 if clip else 600.0),
         sample_order=_order(kind, preset, benchmark, over),
+        clip=clip,
         **_prompts(over, bound["output_tokens"]),
         **accuracy,
     )
@@ -167,6 +172,35 @@ def _accuracy(data: Mapping[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     if least and least > 1:
         raise UserError(f"--min-agreement is {least:g}; it is a share, at most 1")
     return {"keep_outputs": True, "reference": over.get("reference"), "min_agreement": least}
+
+
+def _clip(bound: Mapping[str, Any], data: Mapping[str, Any], over: dict[str, Any]) -> Clip | None:
+    """The clip that a video model is asked for: the model's, changed by `--clip`. None for a language model.
+
+    A video has its own prompts and no salt: no server keeps prefixes of them, and equal runs ask for equal videos.
+    """
+    if "clip" not in bound:
+        if "clip" in over:
+            raise UserError("--clip is for video models; leave it out")
+        return None
+    wrong = [name for name in ("ttft_ms", "tpot_ms", "output_tokens", "input_tokens", "tokenizer") if name in over]
+    if wrong or data.get("keep_outputs"):
+        what = _option(wrong[0]) if wrong else "scenario accuracy"
+        raise UserError(f"{what} is for language models, not for a video; leave it out")
+    over.setdefault("salt", "off")
+    if over.get("prompts", BUILTIN) == BUILTIN:
+        over["prompts"] = VIDEO_PROMPTS
+    values = dict(bound["clip"])
+    for word in str(over.get("clip", "")).split(","):
+        name, _, value = word.partition("=")
+        name = name.strip()
+        if name and name not in (*bound["clip"], "seed"):
+            known = ", ".join((*bound["clip"], "seed"))
+            raise UserError(f"--clip has no {name!r}; it takes {known}, such as frames=9,steps=4")
+        if name:
+            at = {"clip": value}
+            values[name] = positive(at, "clip") if name == "guidance" else whole(at, "clip", 0, least=0 if name == "seed" else 1)
+    return Clip(**values)
 
 
 def _limits(name: str, benchmark: str, rules: str, required: bool, over: Mapping[str, Any]) -> Limits:

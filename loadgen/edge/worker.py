@@ -26,6 +26,8 @@ from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
 from loadgen.core.verdict import WorkerAudit
 from loadgen.edge.accuracy import pack_answers
 from loadgen.edge.clients.triton_http import TritonHttp
+from loadgen.edge.clients.triton_video import TritonVideo
+from loadgen.edge.clips import pack_clips
 from loadgen.edge.errors import UserError
 from loadgen.edge.samples import PromptLibrary, sample_indices, sample_stream
 from loadgen.edge.store import pack
@@ -88,11 +90,11 @@ class LoadWorker:
         self.scenario = Scenario.from_json(plan["scenario"])
         self.index, self.workers = plan["worker"], plan["workers"]
         self.clock = Clock()
-        self.client = TritonHttp(
+        self.client = (TritonVideo if self.scenario.clip else TritonHttp)(
             plan["host"], plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock, kernel_stamps=True,
             keep_outputs=self.scenario.keep_outputs,
         )  # fmt: skip
-        self.library = PromptLibrary(self.scenario.prompts, self.scenario, plan["tag"])
+        self.library = PromptLibrary(self.scenario.prompts, self.scenario, plan["tag"], plan["dialect"])
         if len(self.library) != self.scenario.library_size:
             raise UserError(f"load worker {self.index} finds {len(self.library)} prompts, the conductor "
                             f"{self.scenario.library_size}: give all hosts the same --prompts file")  # fmt: skip
@@ -259,6 +261,8 @@ class LoadWorker:
         data = {"batch": batch, "worker": self.index, "in_flight": len(self.in_flight), "sent": self.sent}
         if self.scenario.keep_outputs:
             data["answers"] = pack_answers(records)
+        if self.scenario.clip and (clips := pack_clips(records, self.library.texts)):
+            data["clips"] = clips
         self.send("rows", data)
 
     def _watch_lag(self) -> None:

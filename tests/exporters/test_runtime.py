@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import exporters
 
 RUNTIME = sorted((Path(exporters.__file__).parent / "runtime").glob("*.py"))
-ALLOWED = {"numpy", "torch", "transformers", "tokenizers", "triton_python_backend_utils"}
+ALLOWED = {"numpy", "torch", "transformers", "tokenizers", "triton_python_backend_utils", "diffusers", "av", "PIL", "vllm",
+           "tensorrt_llm", "torchao", "torch_tensorrt"}  # fmt: skip
 FULL = {"text_input": "hi", "max_tokens": 4}
 
 
@@ -101,7 +102,7 @@ def test_tensors_win_over_parameters(runtime, fake_request):
 
 
 def test_overrides_of_settings(runtime, repository):
-    read = runtime("llm_engine").read_settings
+    read = runtime("llm_settings").read_settings
     folder = repository / "phi-2-tiny/1"
     assert read(folder, {"threads": "2", "other": "x"})["threads"] == 2
     with pytest.raises(ValueError, match="parameter threads is 'two', not a int"):

@@ -54,6 +54,7 @@ MODEL_PLAN: dict[str, Any] = {
     "usage_error": 0,  # added to total_output_tokens: a server that miscounts
     "output_ids": None,  # a list of token ids to send, cycled, in each response
     "send_counts": True,  # num_output_tokens in each response
+    "each": {},  # more fields of each response
     "merge_final": False,  # usage in the last response with tokens, instead of an empty one after it
     "join": None,  # events in one write; by default 1, or all where no time lies between them
     "cut_at": [],  # byte offsets where an event is cut into TCP segments (negative: from its end)
@@ -67,6 +68,7 @@ MODEL_PLAN: dict[str, Any] = {
     "close_after_ms": None,  # close the idle connection although keep-alive was promised
     "ready": True,
     "versions": ["1"],
+    "backend": "python",  # of the configuration; "vllm" takes and gives what Triton's vLLM backend does
     "parameters": {},  # of the configuration, each {"string_value": text}
     "reason": "planned: not ready",
 }
@@ -176,7 +178,7 @@ class Server:
         if plan is None:
             return 404, {"error": f"Request for unknown model: '{name}' is not found"}
         if what == "/config":
-            config = {"name": name, "backend": "python", "max_batch_size": 0, "parameters": plan["parameters"]}
+            config = {"name": name, "backend": plan["backend"], "max_batch_size": 0, "parameters": plan["parameters"]}
             return 200, config | {"model_transaction_policy": {"decoupled": True}}
         return 200, {"name": name, "versions": plan["versions"], "platform": "python", "inputs": [], "outputs": []}
 
@@ -262,9 +264,11 @@ class Stream:
             "ended_ns": None,
         }
         self.server.rows.append(self.row)
-        total = int(body.get("max_tokens", self.plan["max_tokens"]))
+        plan, total = self.plan, int(body.get("max_tokens", self.plan["max_tokens"]))
+        if plan["backend"] == "vllm":
+            plan, total = _as_vllm(plan, body)
         if (made := self.server.made.get((model, total))) is None:
-            made = self.server.made[model, total] = _events(self.plan, model, total)
+            made = self.server.made[model, total] = _events(plan, model, total)
         self.events = made  # making them anew for each of many requests that arrive at once would delay the others
         self.next = 0
         self.due = 0
@@ -416,6 +420,16 @@ class Stream:
             self.connection.data_received(b"")
 
 
+def _as_vllm(plan: dict[str, Any], body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Plan and number of tokens of a request to Triton's vLLM backend: lengths only from `sampling_parameters` (16 where
+    there are none), counts only where they were asked for, the prompt's count in each response, never a total."""
+    asked = json.loads(body.get("sampling_parameters", "{}"))
+    total = asked.get("max_tokens", 16) if asked.get("ignore_eos") else min(asked.get("max_tokens", 16), 3)
+    counts = {"send_usage": False, "send_counts": bool(body.get("return_num_output_tokens"))}
+    each = {"num_input_tokens": plan["num_input_tokens"]} if body.get("return_num_input_tokens") else {}
+    return plan | counts | {"each": each}, total
+
+
 def _event(plan: dict[str, Any], message: dict[str, Any] | str) -> bytes:
     """An event as bytes, in the line ends and with the noise the plan asks for."""
     text = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False, separators=(",", ":"))
@@ -438,6 +452,7 @@ def _events(plan: dict[str, Any], model: str, total: int) -> list[tuple[bytes, i
         message: dict[str, Any] = {"model_name": model, "model_version": "1", "text_output": plan["text"] * tokens}
         if plan["send_counts"]:
             message["num_output_tokens"] = tokens
+        message |= plan["each"]
         if plan["output_ids"]:
             message["output_ids"] = [
                 plan["output_ids"][k % len(plan["output_ids"])] for k in range(sent - tokens, sent)

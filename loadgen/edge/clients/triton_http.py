@@ -46,14 +46,14 @@ _STAMP = (socket.SOL_SOCKET, 35)  # SO_TIMESTAMPNS
 _STAMP_BYTES = 64
 _timespec = struct.Struct("qq").unpack
 
-_decode = json.JSONDecoder().decode
+decode = json.JSONDecoder().decode
 
 
 class _StaleError(Exception):
     """A reused connection had been closed before the request reached the server."""
 
 
-class _RequestError(Exception):
+class RequestError(Exception):
     """The request failed; becomes the outcome and the error text of its row, never leaves this module."""
 
     def __init__(self, kind: str, text: str, outcome: Outcome = Outcome.ERROR) -> None:
@@ -75,9 +75,13 @@ class TritonHttp:
             When a read holds segments that arrived apart, they get the stamp of the last one.
         keep_outputs: keep text and token ids of each answer in its record (accuracy mode).
 
+    `take` reads one event into a record; a subclass for other answers replaces it, and `counted`, what they consist of.
+
     Raises:
         UserError: `base_url` isn't an HTTP address.
     """
+
+    counted = "tokens"
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class TritonHttp:
         self._port = url.port or (443 if url.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if url.scheme == "https" else None
         self._kernel_stamps = kernel_stamps and not self._tls and sys.platform == "linux"
-        self._take = _take_and_keep if keep_outputs else _take
+        self.take: Callable[[bytes, int, Record], None] = _take_and_keep if keep_outputs else _take
         self._timeout_ns = round(timeout_s * 1e9)
         self._connect_timeout_s = connect_timeout_s
         self._clock = clock
@@ -121,7 +125,7 @@ class TritonHttp:
             except _StaleError:
                 self._exchange(request, record, deadline, None)
             record.outcome = Outcome.OK
-        except _RequestError as failure:
+        except RequestError as failure:
             record.outcome, record.error = failure.outcome, failure.error
         except BaseException as interruption:
             record.outcome, record.error = Outcome.CUT, f"cut: {type(interruption).__name__}"
@@ -165,7 +169,7 @@ class TritonHttp:
                 connection.close()
                 raise
         except TimeoutError as error:
-            raise _RequestError("timeout", f"no connection to {where} in {limit_s:g} s", Outcome.TIMEOUT) from error
+            raise RequestError("timeout", f"no connection to {where} in {limit_s:g} s", Outcome.TIMEOUT) from error
         except OSError as error:
             raise _failure_of(error, f"connecting to {where}") from error
 
@@ -194,14 +198,15 @@ class TritonHttp:
             connection.sendall(request)
             self._read(connection, response, record, deadline)
         except TimeoutError as error:
-            text = f"not finished {self._timeout_ns / 1e9:g} s after it began, with {record.tokens_out} tokens received"
-            raise _RequestError("timeout", text, Outcome.TIMEOUT) from error
+            got = f"{record.tokens_out} {self.counted} received"
+            text = f"not finished {self._timeout_ns / 1e9:g} s after it began, with {got}"
+            raise RequestError("timeout", text, Outcome.TIMEOUT) from error
         except ProtocolError as error:
-            raise _RequestError("protocol", str(error)) from error
+            raise RequestError("protocol", str(error)) from error
         except OSError as error:
             if idle is not None and not response.started and self._clock() - sent < STALE_WINDOW_NS:
                 raise _StaleError from error
-            raise _failure_of(error, f"after {record.tokens_out} tokens") from error
+            raise _failure_of(error, f"after {record.tokens_out} {self.counted}") from error
         finally:
             if response.complete and response.keep_alive:
                 self._idle.append(connection)
@@ -210,7 +215,7 @@ class TritonHttp:
 
     def _read(self, connection: socket.socket, response: HttpResponse, record: Record, deadline: int) -> None:
         """Read to the end of the response. Under load most of the client's time is spent in this loop."""
-        clock, take, events = self._clock, self._take, 0
+        clock, take, events = self._clock, self.take, 0
         now = arrival = record.sent_ns or 0
         while not response.complete:
             if now >= deadline:  # a server that always has a byte ready would never let `recv` time out
@@ -233,12 +238,12 @@ class TritonHttp:
                     take(payload, arrival, record)
                     events += 1
         if response.status != 200:
-            raise _RequestError(f"http_{response.status}", _error_text(response.body()))
+            raise RequestError(f"http_{response.status}", _error_text(response.body()))
         if (last := response.last_event()) is not None:
             take(last, arrival, record)
             events += 1
         if not events:
-            raise _RequestError("empty", "the stream ended without one event")
+            raise RequestError("empty", "the stream ended without one event")
         record.done_ns = arrival
 
 
@@ -255,14 +260,14 @@ def _age_ns(notes: list[tuple[int, int, bytes]]) -> int:
 def _take(payload: bytes, arrival: int, record: Record) -> None:
     """Add one event to its row. Bytes that aren't UTF-8 spoil a text, which nobody measures, and no more than that."""
     try:
-        message = _decode(payload.decode("utf-8", "replace"))
+        message = decode(payload.decode("utf-8", "replace"))
     except (ValueError, RecursionError) as error:
-        raise _RequestError("malformed", f"{error} in event {payload[:120]!r}") from error
+        raise RequestError("malformed", f"{error} in event {payload[:120]!r}") from error
     if type(message) is not dict:
-        raise _RequestError("malformed", f"an event is not a JSON object: {payload[:120]!r}")
+        raise RequestError("malformed", f"an event is not a JSON object: {payload[:120]!r}")
     tokens = message.get("num_output_tokens")
     if tokens:
-        record.chunk_tokens.append(_count(message, "num_output_tokens"))
+        record.chunk_tokens.append(count(message, "num_output_tokens"))
         record.chunk_ns.append(arrival)
         record.tokens_out += tokens
         if record.first_ns is None:
@@ -270,31 +275,31 @@ def _take(payload: bytes, arrival: int, record: Record) -> None:
     elif record.first_ns is None and tokens is None and message.get("text_output"):
         record.first_ns = arrival  # a server that counts nothing still has a time to first text
     if "total_output_tokens" in message:
-        record.usage_out = _count(message, "total_output_tokens")
+        record.usage_out = count(message, "total_output_tokens")
     if "num_input_tokens" in message:
-        record.tokens_in = _count(message, "num_input_tokens")
+        record.tokens_in = count(message, "num_input_tokens")
     if "error" in message:
-        raise _RequestError("server_error", f"{message['error']} (after {record.tokens_out} tokens)")
+        raise RequestError("server_error", f"{message['error']} (after {record.tokens_out} tokens)")
 
 
 def _take_and_keep(payload: bytes, arrival: int, record: Record) -> None:
     """`_take`, and the text and token ids too; parsed twice, for accuracy mode has time."""
     _take(payload, arrival, record)
-    message = _decode(payload.decode("utf-8", "replace"))
+    message = decode(payload.decode("utf-8", "replace"))
     ids = message.get("output_ids")
     record.answer = record.answer or Answer()
     record.answer.text.append(str(message.get("text_output") or ""))
     try:
         record.answer.token_ids.extend(ids if isinstance(ids, list) else [] if ids is None else [ids])
     except (TypeError, OverflowError) as error:
-        raise _RequestError("malformed", f"output_ids is {str(ids)[:40]!r}, not token ids") from error
+        raise RequestError("malformed", f"output_ids is {str(ids)[:40]!r}, not token ids") from error
 
 
-def _count(message: dict[str, Any], key: str) -> int:
+def count(message: dict[str, Any], key: str) -> int:
     value = message[key]
     if type(value) is int and 0 <= value <= MAX_TOKENS_A_RESPONSE:
         return value
-    raise _RequestError("malformed", f"{key} is {str(value)[:40]!r}, not a number of tokens")
+    raise RequestError("malformed", f"{key} is {str(value)[:40]!r}, not a number of tokens")
 
 
 def _check_end_of_connection(response: HttpResponse, record: Record) -> None:
@@ -305,15 +310,15 @@ def _check_end_of_connection(response: HttpResponse, record: Record) -> None:
         return  # its status says more than the missing end of its text
     if response.framed or not response.status:
         text = f"the connection closed before the end of the response, after {record.tokens_out} tokens"
-        raise _RequestError("truncated", text)
+        raise RequestError("truncated", text)
     if record.usage_out is None:
         text = (
             f"the body has no framing and no final usage came, so its end after {record.tokens_out} tokens is unproven"
         )
-        raise _RequestError("truncated", text)
+        raise RequestError("truncated", text)
 
 
-def _failure_of(error: OSError, when: str) -> _RequestError:
+def _failure_of(error: OSError, when: str) -> RequestError:
     """Name the failure by a word from a short list, so that it can be a label of a metric."""
     if isinstance(error, ssl.SSLError):
         kind = "tls"
@@ -323,13 +328,13 @@ def _failure_of(error: OSError, when: str) -> _RequestError:
         kind = "reset"
     else:
         kind = "dns" if isinstance(error, socket.gaierror) else "network"
-    return _RequestError(kind, f"{error.strerror or error} ({when})")
+    return RequestError(kind, f"{error.strerror or error} ({when})")
 
 
 def _error_text(body: bytes) -> str:
     """Triton's text from `{"error": …}`, which comes as an event when the first response of a stream is the error."""
     text = body.decode("utf-8", "replace").strip()
     try:
-        return str(_decode(text.removeprefix("data:").strip())["error"])
+        return str(decode(text.removeprefix("data:").strip())["error"])
     except (ValueError, TypeError, LookupError, RecursionError):
         return text or "no error text"

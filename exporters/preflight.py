@@ -1,0 +1,156 @@
+"""Is this machine able to do what was asked? Answered before hours are spent.
+
+`probe` looks (nvidia-smi, docker, disks, token), `problems` decides: a pure function of what is needed and what is
+there, so that it can be asked about any machine. Each problem is one line: what is missing, and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporters.catalogue import Model
+from exporters.errors import UserError
+
+GB = 1e9
+ROOM = 1.08  # weights, and as much again in percent for activations and the context that CUDA itself takes
+BYTES = {  # of one weight; embeddings and output layer stay in 16 bit where the rest is quantised
+    "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int8-sq": 1.0, "int4": 0.5, "int4-awq": 0.5,
+    "nvfp4": 0.5625,
+}  # fmt: skip
+PROBE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: name, compute capability (`8.9`), memory in bytes."""
+
+    name: str
+    capability: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is there. `driver` is None without an NVIDIA driver; `docker` says why docker cannot be used, or is empty;
+    `image_present` whether the image need not be pulled; `free_bytes` is where the build writes."""
+
+    gpus: tuple[Gpu, ...]
+    driver: str | None
+    docker: str
+    image_present: bool
+    free_bytes: int
+    hub_token: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an export takes. `gpus` share `weight_bytes`; `disk_bytes` is all that is written besides the image."""
+
+    what: str
+    capability: float
+    capability_for: str
+    gpus: int
+    weight_bytes: float
+    disk_bytes: float
+    image_gb: float
+    least_driver: str
+    gated: bool
+
+
+def weight_bytes(model: Model, precision: str) -> float:
+    """Memory of the weights of a language model in `precision`."""
+    size = BYTES[precision]
+    ends = 2 * model.config["vocab_size"] * model.config["hidden_size"]  # embedding and output layer
+    return (model.parameters - ends) * size + ends * max(size, 2.0)
+
+
+def problems(needs: Needs, machine: Machine) -> list[str]:
+    """All that stands in the way, a line each; empty when nothing does."""
+    found = [f"docker cannot be used ({machine.docker}): the build runs in a container"] if machine.docker else []
+    found += _gpu_problems(needs, machine)
+    if machine.driver and _version(machine.driver) < _version(needs.least_driver):
+        found.append(f"driver {machine.driver} is too old: the image needs {needs.least_driver}; update the driver")
+    pull = 0.0 if machine.image_present else needs.image_gb * GB
+    if machine.free_bytes < needs.disk_bytes + pull:
+        found.append(
+            f"{machine.free_bytes / GB:.0f} GB free, but {needs.what} needs {(needs.disk_bytes + pull) / GB:.0f} GB"
+            " on disk; free some, or choose another --build-cache"
+        )
+    if needs.gated and not machine.hub_token:
+        found.append(f"{needs.what} is gated and no hub token was found: accept its licence, then `hf auth login`")
+    return found
+
+
+def _gpu_problems(needs: Needs, machine: Machine) -> list[str]:
+    if not machine.gpus:
+        return [f"no NVIDIA GPU was found, but {needs.what} is built and run on one (nvidia-smi must list it)"]
+    old = [gpu for gpu in machine.gpus if gpu.capability < needs.capability]
+    if old:
+        return [
+            f"{old[0].name} has compute capability {old[0].capability}, but {needs.capability_for} needs"
+            f" {needs.capability}; choose another precision, backend or GPU"
+        ]
+    if len(machine.gpus) < needs.gpus:
+        return [f"{needs.what} is spread over {needs.gpus} GPUs, but there are {len(machine.gpus)}"]
+    each, least = needs.weight_bytes * ROOM / needs.gpus, min(gpu.memory_bytes for gpu in machine.gpus[: needs.gpus])
+    if each > least:
+        return [
+            f"{needs.what} needs {each / GB:.0f} GB on each of {needs.gpus} GPU(s), {machine.gpus[0].name} has"
+            f" {least / GB:.0f} GB; choose a smaller precision or a larger --tp"
+        ]
+    return []
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def require(needs: Needs, machine: Machine) -> None:
+    """A UserError with every problem, or nothing."""
+    if found := problems(needs, machine):
+        raise UserError("this machine cannot do it: " + "; ".join(found))
+
+
+def probe(image: str, folder: Path) -> Machine:
+    """Look at this machine. Nothing here fails: what cannot be found out counts as not there."""
+    query = "--query-gpu=name,compute_cap,memory.total,driver_version"
+    rows = [line.split(",") for line in _answer("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()]
+    rows = [[cell.strip() for cell in row] for row in rows if len(row) == 4]
+    gpus = tuple(
+        Gpu(name, float(capability), int(memory) << 20)
+        for name, capability, memory, _ in rows
+        if capability.replace(".", "", 1).isdigit() and memory.isdigit()
+    )
+    docker = _docker_problem()
+    present = not docker and bool(_answer("docker", "image", "inspect", "--format", "{{.Id}}", image))
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return Machine(gpus, rows[0][3] if rows else None, docker, present, shutil.disk_usage(existing).free, _has_token())
+
+
+def _docker_problem() -> str:
+    if shutil.which("docker") is None:
+        return "it is not installed"
+    if not _answer("docker", "version", "--format", "{{.Server.Version}}"):
+        return "its daemon does not answer"
+    if "nvidia" not in _answer("docker", "info", "--format", "{{json .Runtimes}}"):
+        return "it has no nvidia runtime; install the NVIDIA container toolkit"
+    return ""
+
+
+def _has_token() -> bool:
+    """Whether a token of the hub is set or stored; it is never read into the export."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return bool(os.environ.get("HF_TOKEN")) or (home / "token").is_file()
+
+
+def _answer(*command: str) -> str:
+    """What a command prints, or nothing when it fails, hangs or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

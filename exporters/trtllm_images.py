@@ -1,0 +1,102 @@
+"""Which container image can build and serve what: the table in `data/trtllm`, looked up. Pure but for reading it."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporters.errors import UserError
+
+DATA = Path(__file__).with_name("data") / "trtllm"
+IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?")
+TAG = re.compile(r":(\d\d\.\d\d)-trtllm-python-py3")
+ENGINES, LLMAPI = "engines", "llmapi"
+
+
+@functools.cache
+def table(name: str) -> Mapping[str, Any]:
+    """One of the data files, e.g. `models`."""
+    return tomllib.loads((DATA / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image: its full name, what is in it, what it needs. `driver` and `cuda` are version numbers."""
+
+    name: str
+    tag: str
+    trtllm: str
+    tensorrt: str
+    cuda: str
+    driver: str
+    size_gb: float
+    engines: bool
+    llmapi: bool
+
+
+@functools.cache
+def images() -> tuple[Image, ...]:
+    """All images of the table, the newest first."""
+    data = table("images")
+    rows = []
+    for entry in data["image"]:
+        facts = {key: value for key, value in entry.items() if key != "tags"}
+        rows += [Image(name=data["name"].format(tag=tag), tag=tag, **facts) for tag in entry["tags"]]
+    return tuple(rows)
+
+
+def version(text: str) -> tuple[int, ...]:
+    """The numbers of a version, comparable: `590.44.01` is (590, 44, 1)."""
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+def least_driver(image: Image) -> str:
+    """The oldest driver that runs the image, by CUDA's minor version compatibility."""
+    return str(table("images")["least_driver"][image.cuda.split(".")[0]])
+
+
+def pick(path: str, model_class: str, driver: str | None, wanted: str = "") -> Image:
+    """The newest image for `path` (`engines` or `llmapi`) and `model_class` that `driver` runs; `wanted` names one
+    instead. Without a driver (none was found) the newest. A UserError says why there is none."""
+    known = table("models").get(model_class)
+    if known is None:
+        raise UserError(f"TensorRT-LLM has no {model_class}; choose another backend")
+    if path == LLMAPI and not known["llmapi"]:
+        raise UserError(
+            f"{known['architecture']} is not in TensorRT-LLM's PyTorch LLM API; use --backend tensorrtllm (engines)"
+        )
+    if wanted:
+        return _wanted(path, wanted, known)
+    can = [image for image in images() if getattr(image, path)]
+    for image in can:
+        if driver is None or version(driver) >= version(least_driver(image)):
+            return image
+    raise UserError(
+        f"driver {driver} is too old for every image with TensorRT-LLM {path}: the oldest, {can[-1].tag}, needs"
+        f" {least_driver(can[-1])}; update the driver"
+    )
+
+
+def _wanted(path: str, wanted: str, known: Mapping[str, Any]) -> Image:
+    if not IMAGE_NAME.fullmatch(wanted):
+        raise UserError(f"bad image name {wanted!r}; give one like {images()[0].name}")
+    match = TAG.search(wanted)
+    by_tag = {image.tag: image for image in images()}
+    if match is None or match[1] not in by_tag:
+        other = " or use --backend tensorrtllm-llmapi" if known["llmapi"] and path == ENGINES else ""
+        raise UserError(
+            f"image {wanted} is not in the table, so what it holds is not known (engines end at {images()[0].tag});"
+            f" choose one of: {', '.join(image.tag for image in images() if getattr(image, path))}{other}"
+        )
+    image = by_tag[match[1]]
+    if not getattr(image, path):
+        raise UserError(
+            f"image {image.tag} has TensorRT-LLM {image.trtllm}, whose {path} this exporter cannot use;"
+            f" choose one of: {', '.join(other.tag for other in images() if getattr(other, path))}"
+        )
+    return image

@@ -1,0 +1,217 @@
+"""Exporters of the text-to-video models: the version folder of one Triton model for each backend.
+
+All three share one runtime; they differ in how the diffusion transformer runs (`transformer_mode`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from exporters.catalogue import Model
+from exporters.config_pbtxt import ModelConfig, Tensor
+from exporters.errors import UserError
+from exporters.registry import Order, exporter
+from exporters.weights import CORPUS, HUB, SYNTHETIC, import_path
+
+RUNTIME = Path(__file__).with_name("runtime")
+RUNTIME_FILES = {
+    "video_model.py": "model.py",
+    "video_engine.py": "video_engine.py",
+    "video_output.py": "video_output.py",
+    "video_request.py": "video_request.py",
+    "video_tensorrt.py": "video_tensorrt.py",
+    "video_weights.py": "video_weights.py",
+}
+NETWORKS = ("transformer", "vae", "text_encoder")
+TOKENIZER_SIZE = 2048  # ids of the trained substitute, the two special ones included
+PAD, END = "<pad>", "</s>"  # T5's own special tokens, with T5's ids 0 and 1
+UNCHECKED = ("dropout", "dropout_rate", "tie_word_embeddings")  # no part of what an encoder or a sampler computes
+EXACT = "exact"  # the work that the model's settings do unless an operator changes them: see runtime/video_engine.py
+
+
+def _optional(*names: str, kind: str) -> tuple[Tensor, ...]:
+    return tuple(Tensor(name, kind, optional=True) for name in names)  # so that the runtime can say what is missing
+
+
+INPUTS = (
+    *_optional("text_input", "negative_prompt", "output", kind="TYPE_STRING"),
+    *_optional("seed", kind="TYPE_INT64"),
+    *_optional("num_frames", "height", "width", "num_inference_steps", "fps", kind="TYPE_INT32"),
+    *_optional("guidance_scale", kind="TYPE_FP32"),
+    *_optional("stream", kind="TYPE_BOOL"),
+)
+OUTPUTS = (
+    *(Tensor(name, "TYPE_INT32") for name in ("step", "steps")),
+    Tensor("step_s", "TYPE_FP64"),
+    *(Tensor(name, "TYPE_STRING") for name in ("finish_reason", "work", "video")),
+    *(Tensor(name, "TYPE_INT32") for name in ("num_output_frames", "height", "width", "num_input_tokens")),
+    *(Tensor(name, "TYPE_FP64") for name in ("queue_s", "text_encode_s", "denoise_s", "vae_decode_s", "output_s")),
+    Tensor("peak_memory_bytes", "TYPE_INT64"),
+    Tensor("frames", "TYPE_UINT8", (-1, -1, -1, 3)),
+)
+OPERATOR_SETTINGS = (
+    "num_frames", "height", "width", "num_inference_steps", "guidance_scale", "max_pixels", "max_steps", "max_queue",
+    "dynamic_cfg", "vae_tiling", "vae_slicing", "threads", "quantisation", "step_cache", "step_cache_threshold",
+)  # fmt: skip
+
+
+@exporter("video", "torch-eager")
+def export_video_torch_eager(order: Order, version: Path) -> ModelConfig:
+    """diffusers' own pipeline, eager, served by Triton's python backend."""
+    return _python_model(order, version, "eager")
+
+
+@exporter("video", "torch-compile")
+def export_video_torch_compile(order: Order, version: Path) -> ModelConfig:
+    """The same with each block of the transformer under torch.compile; compiled when the model is loaded."""
+    return _python_model(order, version, "compile")
+
+
+@exporter("video", "tensorrt")
+def export_video_tensorrt(order: Order, version: Path) -> ModelConfig:
+    """The same with the transformer as a TensorRT engine, built by torch-tensorrt when the model is loaded.
+
+    Serving it was not tried: it needs an NVIDIA GPU with TensorRT's libraries. See runtime/video_tensorrt.py.
+    """
+    if order.device == "cpu":
+        raise UserError("backend tensorrt needs a GPU; leave out --device cpu, or choose torch-compile")
+    return _python_model(order, version, "tensorrt")
+
+
+def _python_model(order: Order, version: Path, mode: str) -> ModelConfig:
+    folder = version / "weights"
+    folder.mkdir()
+    source = write_weights(order, folder)
+    for name, target in RUNTIME_FILES.items():
+        shutil.copyfile(RUNTIME / name, version / target)
+    settings = {
+        "model": order.model.name,
+        "family": order.model.family,
+        "precision": order.precision,
+        "device": order.device,
+        "seed": order.seed,
+        "draw_on_load": order.weights == SYNTHETIC and not order.model.synthetic_on_disk,
+        "transformer_mode": mode,
+        "work": EXACT,
+        **order.model.runtime,
+        "parts": order.model.parts,
+        "source": source,
+    }
+    (version / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    named = {name: str(settings[name]) for name in OPERATOR_SETTINGS}
+    return ModelConfig(
+        name=order.name,
+        backend="python",
+        inputs=INPUTS,
+        outputs=OUTPUTS,
+        decoupled=True,
+        instance_kind={"cpu": "KIND_CPU"}.get(order.device, "KIND_AUTO"),
+        parameters=named | {"device": order.device, "tritonmark.work": EXACT, "tritonmark.family": "video"},
+    )
+
+
+def write_weights(order: Order, folder: Path) -> dict[str, Any]:
+    """Tokenizer and networks into `folder`; returns the manifest's source. Raises UserError."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    check_parameters(order.model)
+    if order.weights != SYNTHETIC:
+        return _write_pretrained(order, folder)
+    import diffusers
+    import torch
+
+    train_tokenizer(folder / "tokenizer")
+    if order.model.synthetic_on_disk:
+        with import_path(RUNTIME):
+            from video_weights import DTYPES, draw_network
+        for name in NETWORKS:
+            network = draw_network(name, order.model.parts[name], order.seed, DTYPES[order.precision], "cpu")
+            network.save_pretrained(folder / name)
+    return {"kind": SYNTHETIC, "seed": order.seed, "torch": torch.__version__, "diffusers": diffusers.__version__,
+            "tokenizer": f"trained on {CORPUS.name}, not T5's"}  # fmt: skip
+
+
+def check_parameters(model: Model) -> None:
+    """Each network has exactly the parameters that the catalogue says; else the architecture is not the model's."""
+    with import_path(RUNTIME):
+        from video_weights import count_parameters
+    for name in NETWORKS:
+        part = model.parts[name]
+        found = count_parameters(name, part)
+        if found != part["parameters"]:
+            raise UserError(
+                f"{model.name}: its {name} has {found:,} parameters here, {part['parameters']:,} in the catalogue;"
+                " the installed diffusers or transformers builds another architecture: install the versions of the"
+                " extra, pip install 'tritonmark[embedded]'"
+            )
+
+
+def train_tokenizer(folder: Path) -> None:
+    """A byte-level BPE on the corpus in place of T5's sentencepiece file, which no package carries: same special
+    tokens, same end token behind each text. Its ids mean nothing to real weights."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # sorted: equal exports have equal hashes
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE, special_tokens=[PAD, END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([CORPUS.read_text(encoding="utf-8")], trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END).save_pretrained(folder)
+
+
+def _write_pretrained(order: Order, folder: Path) -> dict[str, Any]:
+    """A pipeline's weights from the hub or a local folder of `save_pretrained`, converted to the precision."""
+    with import_path(RUNTIME):
+        from video_weights import DTYPES, load_network
+    import transformers
+
+    where, options, source = _locate(order)
+    dtype = DTYPES[order.precision]
+    try:
+        for name in NETWORKS:
+            kind = order.model.parts[name]["class"]
+            network = load_network(name, kind, where, dtype, subfolder=name, **options)
+            _check_architecture(order.model, name, network.config)
+            network.save_pretrained(folder / name)
+            del network
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, subfolder="tokenizer", **options)
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except (OSError, ValueError, ImportError) as error:
+        line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+        raise UserError(f"cannot load {name} of {where}: {line}; or use --weights synthetic") from None
+    return source
+
+
+def _locate(order: Order) -> tuple[str, dict, dict]:
+    """(what from_pretrained takes, its options, the manifest's source)."""
+    if order.weights != HUB:
+        path = Path(order.weights).expanduser()
+        missing = [name for name in (*NETWORKS, "tokenizer") if not (path / name).is_dir()]
+        if missing:
+            raise UserError(
+                f"weights {order.weights!r}: no folder {missing[0]} there; pass 'hub', 'synthetic' or a folder of"
+                " CogVideoXPipeline.save_pretrained"
+            )
+        return str(path), {"local_files_only": True}, {"kind": "local", "folder": path.name}
+    if not order.model.hub_id:
+        raise UserError(f"{order.model.name} is not on the hub; export it with --weights synthetic")
+    revision = order.model.revision or "main"
+    return order.model.hub_id, {"revision": revision}, {"kind": HUB, "hub_id": order.model.hub_id, "revision": revision}
+
+
+def _check_architecture(model: Model, name: str, config: Any) -> None:
+    """Weights of another size are refused, not served under this model's name."""
+    for key, expected in model.parts[name]["config"].items():
+        found = config.get(key) if hasattr(config, "get") else getattr(config, key, None)
+        found = list(found) if isinstance(found, tuple) else found
+        if key not in UNCHECKED and found is not None and found != expected:
+            raise UserError(f"its {name} has {key} {found}, but {model.name} needs {expected}")

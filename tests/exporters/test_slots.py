@@ -1,0 +1,241 @@
+"""The torch-compile engine on the CPU: paged cache and scheduling against transformers' own `generate`, and the socket
+between instances and engine process. Steps run uncompiled here; test_compile_live.py runs the compiled ones."""
+
+import importlib
+import json
+import threading
+import time
+
+import pytest
+import torch
+import transformers
+
+PROMPTS = [[7, 8, 9], list(range(1, 41)), [5] * 33, [3, 1, 4, 1, 5, 9, 2, 6], list(range(90, 60, -1))]
+SETTINGS = {
+    "threads": 1, "end_token_ids": [0], "max_sequences": 4, "max_context": 128, "max_batch_tokens": 96,
+    "kv_tokens": 640, "kv_memory_share": 0.5,
+}  # fmt: skip
+
+
+def small(kind):
+    shared = dict(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    if kind == "phi":
+        model = transformers.PhiForCausalLM(transformers.PhiConfig(**shared | {"num_key_value_heads": 4}))
+    elif kind == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared))
+    else:
+        model = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**shared, num_local_experts=4))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.3)  # so that answers depend on the prompt
+    return model.eval()
+
+
+class Running:
+    """A SlotEngine on its thread, and what it delivered."""
+
+    def __init__(self, module, model, settings):
+        module.load_model = lambda *_: model
+        module.can_compile = lambda _: False
+        self.tokens, self.finished = {}, set()
+        self.changed = threading.Condition()
+        self.engine = module.SlotEngine(None, settings, "cpu", self.deliver, lambda text: None)
+        self.thread = threading.Thread(target=self.engine.run, daemon=True)
+        self.thread.start()
+
+    def deliver(self, outputs, occupancy):
+        with self.changed:
+            for output in outputs:
+                self.tokens.setdefault(output.request_id, []).extend(output.tokens)
+                if output.finished:
+                    self.finished.add(output.request_id)
+            self.changed.notify_all()
+
+    def wait(self, *names):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.finished >= set(names), timeout=60), self.finished
+
+    def close(self):
+        self.engine.stop()
+        self.thread.join(10)
+
+
+@pytest.fixture
+def slots(runtime):
+    """`slots(kind, **settings)` is a running engine, and `ask(**fields)` a request for it."""
+    module = importlib.reload(runtime("llm_slots"))
+    opened = []
+
+    def start(kind="phi", **settings):
+        model = small(kind)
+        reference = small(kind)
+        opened.append(Running(module, model, SETTINGS | settings))
+        return opened[-1], reference
+
+    yield start
+    for running in opened:
+        running.close()
+
+
+@pytest.fixture
+def ask(runtime):
+    parse = runtime("llm_request").parse_prompt
+    return lambda **fields: parse({"text_input": "-", "ignore_eos": True, **fields}, 8, 128)
+
+
+def plain(model, ids, count, end=None):
+    config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=count, eos_token_id=end, pad_token_id=0, use_cache=True
+    )
+    inputs = torch.tensor([ids])
+    return model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)[
+        0, len(ids) :
+    ].tolist()
+
+
+@pytest.mark.parametrize("kind", ["phi", "llama", "phimoe"])
+def test_answers_equal_generate_with_more_requests_than_slots(slots, ask, kind):
+    running, reference = slots(kind)
+    for number, ids in enumerate(PROMPTS * 2):
+        running.engine.submit(number, ids, ask(max_tokens=20 + number))
+    running.wait(*range(10))
+    for number, ids in enumerate(PROMPTS * 2):
+        assert running.tokens[number] == plain(reference, ids, 20 + number), number
+    assert running.engine.occupancy() == (0, 0, 0.0)
+
+
+def test_an_end_token_ends_the_answer_and_gives_the_room_back(slots, ask):
+    running, reference = slots()
+    ids = PROMPTS[1]
+    answer = plain(reference, ids, 30)
+    end = answer[9]
+    running.engine._end_ids = {end}
+    stop = answer.index(end) + 1
+    running.engine.submit("ends", ids, ask(max_tokens=30, ignore_eos=False))
+    running.engine.submit("goes on", ids, ask(max_tokens=30))
+    running.engine.submit("at least", ids, ask(max_tokens=30, ignore_eos=False, min_tokens=stop + 5))
+    running.wait("ends", "goes on", "at least")
+    assert running.tokens["ends"] == answer[:stop]
+    assert running.tokens["goes on"] == answer
+    assert len(running.tokens["at least"]) >= stop + 5
+    assert end not in running.tokens["at least"][: stop + 4]
+    assert running.engine.occupancy() == (0, 0, 0.0)
+
+
+def test_a_seed_draws_alike_whatever_else_is_in_the_batch(slots, ask):
+    running, _ = slots()
+    wish = dict(max_tokens=12, temperature=1.5, top_k=20, seed=7)
+    running.engine.submit("alone", PROMPTS[0], ask(**wish))
+    running.wait("alone")
+    for number in range(3):
+        running.engine.submit(number, PROMPTS[number + 1], ask(max_tokens=25))
+    running.engine.submit("crowded", PROMPTS[0], ask(**wish))
+    running.engine.submit("other", PROMPTS[0], ask(**wish | {"seed": 8}))
+    running.wait("crowded", "other", 0, 1, 2)
+    assert running.tokens["alone"] == running.tokens["crowded"] != running.tokens["other"]
+
+
+def test_a_cancelled_request_leaves_the_batch(slots, ask):
+    running, reference = slots()
+    running.engine.submit("gone", PROMPTS[0], ask(max_tokens=100))
+    with running.changed:
+        assert running.changed.wait_for(lambda: "gone" in running.tokens, timeout=30)
+    running.engine.cancel("gone")
+    running.engine.submit("next", PROMPTS[1], ask(max_tokens=10))
+    running.wait("next")
+    deadline = time.monotonic() + 10
+    while running.engine.occupancy() != (0, 0, 0.0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert running.engine.occupancy() == (0, 0, 0.0)
+    assert len(running.tokens["gone"]) < 100 and "gone" not in running.finished
+    assert running.tokens["next"] == plain(reference, PROMPTS[1], 10)
+
+
+def test_one_token_answers_and_a_full_context(slots, ask):
+    running, reference = slots()
+    running.engine.submit("one", PROMPTS[0], ask(max_tokens=1))
+    long = [index % 90 + 1 for index in range(100)]
+    running.engine.submit("full", long, ask(max_tokens=28))
+    running.wait("one", "full")
+    assert running.tokens["one"] == plain(reference, PROMPTS[0], 1)
+    assert running.tokens["full"] == plain(reference, long, 28)
+
+
+def test_a_cache_on_the_cpu_needs_a_size(slots):
+    with pytest.raises(ValueError, match="kv_tokens must be set on a CPU"):
+        slots(kv_tokens=0)
+
+
+def test_buckets_and_shapes_cover_everything(runtime):
+    steps = runtime("llm_steps")
+    assert steps.buckets(6) == [1, 2, 4, 6]
+    assert steps.buckets(100) == [1, 2, 4, 8, 16, 32, 48, 64, 96, 100]
+    shapes = steps.prompt_shapes(256, 1000)
+    assert max(length for _, length in shapes) == 1000
+    assert all(count == 1 or count * length <= 256 for count, length in shapes)
+    assert (8, 32) in shapes and (1, 1000) in shapes
+
+
+@pytest.fixture
+def engine_process(runtime, tmp_path, monkeypatch):
+    """`connect()` is a model instance's link to one engine process on phi-2-tiny; the first one starts it."""
+    from exporters.export import export_model
+
+    folder = export_model("phi-2-tiny", "torch-compile", out=tmp_path)
+    link = runtime("llm_link")
+    monkeypatch.setenv("CXX", "no-compiler")  # uncompiled steps start at once
+    monkeypatch.setattr(link.tempfile, "gettempdir", lambda: str(tmp_path))
+    settings = json.loads((folder / "1" / "settings.json").read_text())
+    opened, said = [], []
+
+    def connect():
+        opened.append(link.RemoteEngine(folder / "1" / "weights", settings, "cpu", "m", said.append))
+        return opened[-1]
+
+    connect.said = said
+    yield connect
+    for engine in opened:
+        engine.stop(10)
+
+
+def collect(engine, name, count):
+    tokens = []
+    deadline = time.monotonic() + 30
+    while len(tokens) < count and time.monotonic() < deadline and not engine.failure():
+        tokens += [token for output in engine.results(1.0) if output.request_id == name for token in output.tokens]
+    return tokens
+
+
+def test_two_instances_share_one_engine_which_ends_with_the_last(engine_process, ask, tmp_path):
+    first, second = engine_process(), engine_process()
+    assert first.leads and not second.leads
+    assert any("no C++ compiler" in line for line in engine_process.said)
+    assert first.submit("a", [1, 2, 3], ask(max_tokens=9)) and second.submit("b", [1, 2, 3], ask(max_tokens=9))
+    answer = collect(first, "a", 9)
+    assert len(answer) == 9 and answer == collect(second, "b", 9)
+    second.stop(1)
+    assert first.submit("c", [1, 2, 3], ask(max_tokens=2)) and len(collect(first, "c", 2)) == 2
+    first.stop(20)
+    assert first._process.poll() == 0
+    assert not list(tmp_path.glob("tritonmark-*"))
+
+
+def test_a_killed_engine_is_a_failure_with_a_reason(engine_process, ask):
+    engine = engine_process()
+    engine._process.kill()
+    assert collect(engine, "x", 1) == []
+    assert "engine process has ended" in engine.failure()
+
+
+def test_a_broken_export_says_why(runtime, tmp_path, monkeypatch):
+    link = runtime("llm_link")
+    monkeypatch.setattr(link.tempfile, "gettempdir", lambda: str(tmp_path))
+    settings = SETTINGS | {"draw_on_load": False, "precision": "fp32", "seed": 0, "engine": "slots"}
+    with pytest.raises(RuntimeError, match=r"engine process ended with code 1: .*nowhere"):
+        link.RemoteEngine(tmp_path / "nowhere", settings, "cpu", "m", lambda text: None)
+    assert not list(tmp_path.glob("tritonmark-*"))
