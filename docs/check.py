@@ -27,8 +27,9 @@ BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def metrics_table() -> str:
-    rows = [f"| `{m.name}` | {m.label} | {m.unit} | {m.better or '–'} | {m.help} |" for m in METRICS]
-    return "\n".join(["| name | label | unit | better | meaning |", "|---|---|---|---|---|", *rows])
+    rows = [f"| `{m.name}` | {m.label} | {m.unit} | {m.better or '–'} | {m.help} | {m.family or 'all'} |"
+            for m in METRICS]  # fmt: skip
+    return "\n".join(["| name | label | unit | better | meaning | runs |", "|---|---|---|---|---|---|", *rows])
 
 
 def schema_table() -> str:

@@ -11,8 +11,8 @@ from exporters.registry import Order, exporter
 from exporters.weights import SYNTHETIC, Written, write_pretrained, write_synthetic
 
 RUNTIME = Path(__file__).with_name("runtime")
-SHARED_FILES = ("llm_request", "llm_sampling", "llm_settings", "llm_text", "llm_weights")
-EAGER_FILES = ("llm_engine",)
+SHARED_FILES = ("llm_quantised", "llm_request", "llm_sampling", "llm_settings", "llm_text", "llm_weights")
+EAGER_FILES = ("llm_engine", "llm_link")
 COMPILE_FILES = ("llm_compile", "llm_kernel", "llm_link", "llm_paged", "llm_slots", "llm_steps")
 INPUTS = (
     Tensor("text_input", "TYPE_STRING", optional=True),  # optional, so that the runtime can say what is missing

@@ -64,7 +64,7 @@ class Needs:
 def weight_bytes(model: Model, precision: str) -> float:
     """Memory of the weights of a language model in `precision`."""
     size = BYTES[precision]
-    ends = 2 * model.config["vocab_size"] * model.config["hidden_size"]  # embedding and output layer
+    ends = 2 * int(model.config["vocab_size"]) * int(model.config["hidden_size"])  # embedding and output layer
     return (model.parameters - ends) * size + ends * max(size, 2.0)
 
 

@@ -24,10 +24,14 @@ def prompts(count: int, source: Path | None = None) -> list[str]:
         sentences = re.split(r"(?<=[.?!])\s+", CORPUS.read_text(encoding="utf-8"))
         return [text for text in sentences if text][:count]
     try:
-        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [str(row["text"] if "text" in row else row["prompt"]) for row in rows[:count]]
+        lines = source.read_text(encoding="utf-8").split("\n")  # by \n alone: a text may hold other line separators
+        rows = [json.loads(line) for line in lines if line.strip()]
+        texts = [row["text"] if "text" in row else row["prompt"] for row in rows[:count]]
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError("a row without a text" if texts else "no rows")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read reference prompts from {source}: {error}; expected JSONL with `prompt`") from None
+    return texts
 
 
 def write_reference(version: Path, count: int, source: Path | None = None) -> None:

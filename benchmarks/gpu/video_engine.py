@@ -152,7 +152,8 @@ def main() -> int:
         median = later[len(later) // 2]
         rate = flops * passes / median / 1e12
         shares = {"share_of_matmul": round(rate / measured, 3), "share_of_peak": peak and round(rate / peak, 3)}
-        return {"s_a_step": round(median, 4), "steps_s": [round(s, 4) for s in step_s], "tflops": round(rate, 2), **shares}
+        each = [round(s, 4) for s in step_s]
+        return {"s_a_step": round(median, 4), "steps_s": each, "tflops": round(rate, 2), **shares}
 
     def run(title: str, steps: int) -> None:
         began = time.monotonic()

@@ -10,10 +10,11 @@ import dataclasses
 import gc
 import queue
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from llm_request import Output
+from llm_request import Output, Prompt
 from llm_sampling import Rule
 from llm_weights import load_model
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
@@ -183,3 +184,36 @@ class Engine:
                     raise RuntimeError(self.failure() or f"warming up took more than {WARM_UP_LIMIT_S} s")
             if output.error:
                 raise RuntimeError(f"the first request failed: {output.error}")
+
+
+class HostedEngine:
+    """The same engine in a process of its own (llm_link.py), for a machine whose torch does not live with the old numpy
+    that Triton's python stub needs."""
+
+    def __init__(
+        self, folder: Path, settings: dict, device: str, deliver: Callable, tell: Callable[[str], None]
+    ) -> None:
+        tell("loading weights and warming up")
+        self._engine = Engine(folder, settings, device)
+        self._deliver = deliver
+        self._stopping = False
+        self.cancel = self._engine.cancel
+
+    def submit(self, request_id: str, ids: list[int], prompt: Prompt) -> None:
+        if not self._engine.submit(request_id, ids, prompt):
+            self._deliver([Output(request_id, [], True, "the batch loop takes no more requests")], self.occupancy())
+
+    def occupancy(self) -> tuple[int, int, float]:
+        return self._engine.occupancy()
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        """Hand out what the batch loop makes, until `stop`."""
+        while not self._stopping:
+            if outputs := self._engine.results(timeout_s=0.2):
+                self._deliver(outputs, self.occupancy())
+            elif failure := self._engine.failure():
+                raise RuntimeError(failure)
+        self._engine.stop(timeout_s=5.0)

@@ -32,6 +32,7 @@ from llm_request import Output, Prompt
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CONNECT_S = 10.0
 ENGINES = {  # settings.json's `engine` -> module beside this one and class in it
+    "batching": ("llm_engine", "HostedEngine"),
     "slots": ("llm_slots", "SlotEngine"),
     "vllm": ("vllm_engine", "VllmEngine"),
     "tensorrtllm": ("trtllm_engine", "TrtllmEngine"),
@@ -47,7 +48,11 @@ class RemoteEngine:
         self._occupancy = (0, 0, 0.0)
         self._sending = threading.Lock()
         base = _meeting_place(name, device)
+        arrived = time.time()
         with _alone(base / "lock"):
+            failed = base / "failed"  # another instance tried while this one waited: it would fail in the same way
+            if failed.exists() and failed.stat().st_mtime >= arrived:
+                raise RuntimeError(failed.read_text())
             self._link = _join(base)
             self.leads = self._link is None
             if self._link is None:
@@ -148,9 +153,9 @@ def _start(base: Path, folder: Path, settings: dict, device: str, tell: Callable
             reason = text
         elif kind == "say":
             tell(text)
-    code = process.wait()
-    shutil.rmtree(base, ignore_errors=True)
-    raise RuntimeError(f"the engine process ended with code {code}: {reason}")
+    reason = f"the engine process ended with code {process.wait()}: {reason}"
+    (base / "failed").write_text(reason)
+    raise RuntimeError(reason)
 
 
 def _interpreter() -> str:

@@ -15,6 +15,7 @@ tokens: count num_output_tokens, never responses. An end token counts as a token
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import uuid
@@ -228,8 +229,9 @@ def _device(wanted: str, args: dict) -> str:
 
 
 def _engine(folder: Path, settings: dict, device: str, name: str):
-    """The engine that settings.json names: transformers' continuous batching, or the slots of a process of its own."""
-    if settings["engine"] != "batching":
+    """The engine that settings.json names: transformers' continuous batching, unless another Python is to run it, lives
+    in this process; every other one in a process of its own."""
+    if settings["engine"] != "batching" or os.environ.get("TRITONMARK_ENGINE_PYTHON"):
         from llm_link import RemoteEngine
 
         tell = pb_utils.Logger.log_info

@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ MODES = ("eager", "compile", "tensorrt")
 QUANTISATIONS = ("none", "fp8")
 STEP_CACHES = ("none", "first_block")
 EXACT = "exact"
+DEFAULT_CACHE = "torchinductor_"  # torch's own folder is <temporary folder>/torchinductor_<user>
 RECOMPILE_LIMIT = 64  # different clip sizes that may be compiled; torch's own limit of 8 would end the model
 
 
@@ -141,6 +143,10 @@ class Engine:
             transformer.enable_cache(FirstBlockCacheConfig(threshold=self.settings["step_cache_threshold"]))
         if mode == "compile":
             torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            if not Path(sys.executable or "").name.startswith("python"):  # embedded in Triton: it cannot start workers
+                from torch._inductor import config
+
+                config.compile_threads = 1
             for block in transformer.transformer_blocks:
                 block.compile(fullgraph=True, dynamic=False)
         elif mode == "tensorrt":
@@ -223,13 +229,13 @@ def read_settings(folder: Path, overrides: dict[str, str]) -> dict:
 def use_compile_cache(folder: Path) -> Path | None:
     """Let compiled code live beside model.py, so that a restart is fast; None where nothing can be written.
 
-    To be called before anything is compiled. An operator's own TORCHINDUCTOR_CACHE_DIR wins; it is looked for in the
-    environment that the process was started with, for torch sets the variable to a default when it is imported.
+    To be called before anything is compiled. An operator's own TORCHINDUCTOR_CACHE_DIR wins. Torch's default does not:
+    importing torch sets the variable to it, in this process or in the one that started it.
     """
     if not os.access(folder, os.W_OK):
         return None
     cache = folder / "compile-cache"
-    if b"TORCHINDUCTOR_CACHE_DIR=" in Path("/proc/self/environ").read_bytes():
+    if not Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", DEFAULT_CACHE)).name.startswith(DEFAULT_CACHE):
         return cache
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     os.environ["TRITON_CACHE_DIR"] = str(cache / "triton")

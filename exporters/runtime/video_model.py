@@ -17,7 +17,9 @@ base64, because generate_stream carries JSON; over it, `frames` becomes a flat l
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import locale
 import queue
 import threading
 import time
@@ -63,6 +65,9 @@ class TritonPythonModel:
 
     def initialize(self, args: dict) -> None:
         """Load the model and make one step of a clip; any exception here is the reason that Triton logs."""
+        # Triton's interpreter starts in the C locale, in which inductor cannot read its own templates.
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         folder = Path(__file__).resolve().parent
         parameters = json.loads(args["model_config"]).get("parameters", {})
         self.settings = read_settings(folder, {key: value["string_value"] for key, value in parameters.items()})

@@ -119,7 +119,7 @@ def judge(summary: Summary, rows: Rows, scenario: Scenario, audit: Audit) -> Ver
         *(frame_reasons(rows, summary["steps"], scenario.clip) if scenario.clip else _tokens(rows)),
     ]
     lacking = _minimums(rows, summary, scenario, scenario.mlperf)
-    remarks = cautions(summary, rows, scenario, limited(scenario.limits))
+    remarks = () if scenario.keep_outputs else cautions(summary, rows, scenario, limited(scenario.limits))
     return Verdict(scenario.preset, tuple(reasons), tuple(lacking), tuple(remarks))
 
 
@@ -198,7 +198,10 @@ def _minimums(rows: Rows, summary: Summary, scenario: Scenario, minimums: Minimu
             "run longer" if scenario.kind is not Kind.OFFLINE else "raise the expected QPS, so more samples are sent"
         )
         reasons.append(Reason("min_duration", f"{length / 1e9:.1f} s", limit, advice))
-    if queries < minimums.queries:
+    if queries < minimums.queries and scenario.keep_outputs:
+        limit, advice = f"≥ {minimums.queries} prompts (had {queries})", "give --prompts the whole library"
+        reasons.append(Reason("min_queries", f"{queries} prompts", limit, advice))
+    elif queries < minimums.queries:
         limit = f"≥ {minimums.queries} queries (had {queries})"
         reasons.append(Reason("min_queries", f"{queries} queries", limit, "run longer or at a higher rate"))
     if minimums.early_stopping:

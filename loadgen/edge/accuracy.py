@@ -1,12 +1,15 @@
-"""Accuracy mode's files: answers streamed beside the rows, and what they come to against a reference.
+"""Accuracy mode's files: answers streamed beside the rows, and the reference that they are compared with.
 
-`accuracy.arrows` grows while the run goes, like the rows, and becomes `accuracy.parquet` (sample, text, token_ids)
-when the run is sealed. A reference is JSONL with `prompt`, `token_ids` and, if wanted, `output`; an export has one.
+`accuracy.arrows` grows while the run goes, like the rows, and becomes `accuracy.parquet` (seq, sample, text, token_ids)
+when the run is sealed, also when it is sealed late, after a crash. A reference is JSONL with `prompt`, `token_ids` and,
+if wanted, `output`; an export has one. `edge/comparison.py` compares the two.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loadgen.core import accuracy
-from loadgen.core.reason import Reason
 from loadgen.core.record import Outcome, Phase, Record
-from loadgen.core.scenario import Scenario
 from loadgen.edge.errors import UserError
-from loadgen.edge.prompt_files import read_prompts
 
-ANSWERS = pa.schema([("sample", pa.int64()), ("text", pa.string()), ("token_ids", pa.list_(pa.int32()))])
-NAME = "accuracy.parquet"
+ANSWERS = pa.schema(
+    [("seq", pa.int64()), ("sample", pa.int64()), ("text", pa.string()), ("token_ids", pa.list_(pa.int32()))]
+)
+STREAM, NAME = "accuracy.arrows", "accuracy.parquet"
+GROUP_ROWS = 1024  # answers of one Parquet row group, and how many are in memory at once
 
 
 def pack_answers(records: list[Record]) -> bytes:
     """Answers of completed measured records as one Arrow batch; empty where there are none."""
     rows = [
-        {"sample": r.sample, "text": "".join(r.answer.text), "token_ids": list(r.answer.token_ids)}
+        {"seq": r.seq, "sample": r.sample, "text": "".join(r.answer.text), "token_ids": list(r.answer.token_ids)}
         for r in records
         if r.answer is not None and r.outcome is Outcome.OK and r.phase is Phase.MEASURE
     ]
@@ -36,81 +38,89 @@ def pack_answers(records: list[Record]) -> bytes:
 
 
 class AnswerWriter:
-    """Appends answers to the open run; `close` turns them into Parquet, a batch at a time."""
+    """Appends answers to the open run. `write` never raises: a full disk is remembered in `broken`."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "accuracy.arrows"
-        self._file = self.path.open("wb", buffering=0)
-        self._stream = pa.ipc.new_stream(self._file, ANSWERS)
+        self.broken: str | None = None
+        try:
+            self._file = (folder / STREAM).open("wb", buffering=0)
+            self._stream = pa.ipc.new_stream(self._file, ANSWERS)
+        except OSError as error:
+            raise UserError(
+                f"cannot write answers to {folder}: {error.strerror or error}; free space or choose another --results"
+            ) from error
 
     def write(self, packed: bytes) -> None:
         """Appends one worker's batch."""
-        self._stream.write_batch(pa.ipc.read_record_batch(pa.py_buffer(packed), ANSWERS))
+        if self.broken:
+            return
+        try:
+            self._stream.write_batch(pa.ipc.read_record_batch(pa.py_buffer(packed), ANSWERS))
+        except OSError as error:
+            self.broken = f"answers could not be written: {error.strerror or error}"
 
     def close(self) -> None:
-        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._stream.close()
         self._file.close()
-        with self.path.open("rb") as file, pq.ParquetWriter(self.path.with_suffix(".parquet"), ANSWERS) as out:
-            for batch in pa.ipc.open_stream(file):
-                out.write_batch(batch)
-        self.path.unlink()
+
+
+def finish(folder: Path) -> None:
+    """Turns the stream of answers, as far as it is whole, into Parquet. Raises OSError and keeps it on a full disk."""
+    stream, partial = folder / STREAM, folder / f"{NAME}.tmp"
+    if not stream.is_file():
+        return
+    try:
+        with pq.ParquetWriter(partial, ANSWERS) as out:
+            for table in _tables(stream):
+                out.write_table(table)
+        partial.rename(folder / NAME)
+    finally:
+        partial.unlink(missing_ok=True)
+    stream.unlink()
+
+
+def _tables(stream: Path) -> Iterator[pa.Table]:
+    """Whole batches, grouped; stops quietly at a torn last one, which a killed recorder leaves."""
+    pending: list[pa.RecordBatch] = []
+    with stream.open("rb") as file, contextlib.suppress(pa.ArrowInvalid, OSError):
+        for batch in pa.ipc.open_stream(file):
+            pending.append(batch)
+            if sum(b.num_rows for b in pending) >= GROUP_ROWS:
+                yield pa.Table.from_batches(pending)
+                pending = []
+    if pending:
+        yield pa.Table.from_batches(pending)
 
 
 def answers(folder: Path) -> Iterator[dict[str, Any]]:
     """The kept answers of a sealed run, in order of completion; none where the run kept none."""
     if (folder / NAME).is_file():
-        for batch in pq.ParquetFile(folder / NAME).iter_batches(1024):
+        for batch in pq.ParquetFile(folder / NAME).iter_batches(GROUP_ROWS):
             yield from batch.to_pylist()
 
 
-def read_reference(path: Path) -> list[list[int]]:
-    """Token ids of every line. Raises UserError naming the file and the line."""
-    ids = []
+def read_reference(path: Path) -> dict[str, array[int]]:
+    """Token ids by prompt. Raises UserError naming file and line; a prompt that has two answers is refused as well."""
+    found: dict[str, array[int]] = {}
+    number = 0
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            row = json.loads(line)["token_ids"]
-            if not row or not all(type(token) is int for token in row):
-                raise UserError(f"{path} line {number}: token_ids must be a list of at least one whole number")
-            ids.append(row)
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                prompt, ids = row["prompt"], row["token_ids"]
+                if not isinstance(prompt, str) or not ids or not all(type(token) is int for token in ids):
+                    raise UserError(
+                        f"{path} line {number}: expected a prompt (text) and token_ids (at least one whole number)"
+                    )
+                if found.setdefault(prompt, array("i", ids)) != array("i", ids):
+                    raise UserError(f"{path} line {number}: this prompt has other token_ids in an earlier line")
     except OSError as error:
         raise UserError(f"cannot read the reference {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} line {len(ids) + 1}: expected an object with token_ids; see `export`") from None
-    if not ids:
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"{path} line {number}: expected an object with prompt and token_ids; see `export`") from None
+    if not found:
         raise UserError(f"{path} is empty: it holds no reference answers")
-    return ids
-
-
-def check(scenario: Scenario) -> None:
-    """Before the run: does the reference belong to these prompts? Raises UserError."""
-    if scenario.reference and len(read_reference(Path(scenario.reference))) < scenario.library_size:
-        raise UserError(f"{scenario.reference} has fewer answers than there are prompts ({scenario.library_size})")
-
-
-def assess(folder: Path, scenario: Scenario) -> tuple[dict[str, Any], list[Reason]]:
-    """`summary["accuracy"]` and the reasons it gives. A prompt without an answer counts as an empty answer."""
-    kept = {row["sample"]: row for row in answers(folder)}
-    facts: dict[str, Any] = {"answers": len(kept), "without_ids": sum(not row["token_ids"] for row in kept.values())}
-    if not scenario.reference or not scenario.library_size:
-        return facts, []
-    references = read_reference(Path(scenario.reference))[: scenario.library_size]
-    found = [kept[i]["token_ids"] if i in kept else [] for i in range(len(references))]
-    facts |= accuracy.agreement(found, references)
-    facts["equal"] = sum(mine == other for mine, other in zip(found, references, strict=True))
-    if Path(scenario.prompts).is_file():
-        prompts = read_prompts(Path(scenario.prompts), scenario.max_prompts)
-        pairs = [(kept[i]["text"], p.reference) for i, p in enumerate(prompts) if i in kept and p.reference]
-        if pairs:
-            facts["rouge"] = accuracy.mean_rouge([mine for mine, _ in pairs], [str(other) for _, other in pairs])
-    return facts, _reasons(facts, scenario.min_agreement)
-
-
-def _reasons(facts: dict[str, Any], least: float | None) -> list[Reason]:
-    if facts["without_ids"]:
-        seen = f"{facts['without_ids']} of {facts['answers']} answers without token ids"
-        return [Reason("accuracy", seen, "token ids in each answer", "export again: return_token_ids must be honoured")]
-    share = facts["token_agreement"]
-    if least is None or share >= least:
-        return []
-    advice = f"first divergence at token {facts['divergence']['earliest']}: look for changed weights, precision, tokens"
-    return [Reason("accuracy", f"token agreement {share:.2%}", f"≥ {least:.2%}", advice)]
+    return found

@@ -30,9 +30,10 @@ from loadgen.core.record import NEVER, Rows
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import Audit, WorkerAudit
 from loadgen.edge import store
-from loadgen.edge.accuracy import AnswerWriter, assess
-from loadgen.edge.clips import write_clips
+from loadgen.edge.accuracy import AnswerWriter
 from loadgen.edge.clients.dialects import NATIVE
+from loadgen.edge.clips import write_clips
+from loadgen.edge.comparison import assess
 from loadgen.edge.errors import UserError
 from loadgen.edge.worker import due_times
 
@@ -129,10 +130,9 @@ class Conductor:
                 self._record(data["batch"])
             write_clips(self.writer.folder, data.get("clips") or [])
             if self.answers and data.get("answers"):
-                try:
-                    self.answers.write(data["answers"])
-                except OSError as error:
-                    self.cut(f"answers could not be written: {error.strerror or error}")
+                self.answers.write(data["answers"])
+                if self.answers.broken:
+                    self.cut(self.answers.broken)
 
     def _record(self, packed: bytes) -> None:
         batch = pa.ipc.read_record_batch(pa.py_buffer(packed), store.ARROW_SCHEMA)

@@ -63,38 +63,44 @@ def write_logs(run: Run, trace_rows: int = TRACE_ROWS) -> None:
         log.add(key, value)
     log.add("tritonmark_verdict", run.document["verdict"]["headline"])
     log.add("num_errors", log.errors)
-    with _file(run.folder / FILES[1]) as file:
+    with whole_file(run.folder / FILES[1]) as file:
         file.writelines(log.lines)
-    with _file(run.folder / FILES[0]) as file:
+    with whole_file(run.folder / FILES[0]) as file:
         file.write(notice() + "\n")
         if result:
             file.write(summary_text(result, settings, sut_name(run), _rest(run), PERFORMANCE))
         else:
             file.write(f"Scenario : {run.scenario.kind.value}\nResult is : INVALID\nNo request was measured.\n")
         file.write("\nNo warnings encountered during test.\n\n" + _errors(log.errors) + "\n")
-    with _file(run.folder / FILES[2]) as file:
+    with whole_file(run.folder / FILES[2]) as file:
         file.write("[\n]\n")
     _write_trace(run, trace_rows)
 
 
-def write_accuracy_logs(run: Run, folder: Path, answers: Iterable[tuple[int, bytes, int]]) -> None:
-    """The accuracy-mode files of LoadGen, from answers (sample index, bytes to log, token count) in order of issue.
+def write_accuracy_logs(
+    run: Run, folder: Path, answers: Iterable[tuple[int, int, bytes, int]], unanswered: int = 0
+) -> None:
+    """The accuracy-mode files of LoadGen, from answers: (place in the order of issue, sample index, bytes, tokens).
 
-    MLCommons' accuracy scripts expect the bytes they define per benchmark; for language models, int32 token ids.
+    As in LoadGen, answers stand in the order of their completion and `seq_id` is the order of issue; prompts without
+    an answer are an error line. MLCommons' accuracy scripts expect the bytes they define per benchmark; for language
+    models, int32 token ids (`--dtype int32`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = DetailLog()
     _head(log, run, settings_of(run.scenario, True, 0), ACCURACY)
-    log.add("num_errors", 0)
-    with _file(folder / FILES[1]) as file:
+    if unanswered:
+        log.error(f"{unanswered} prompts have no answer")
+    log.add("num_errors", log.errors)
+    with whole_file(folder / FILES[1]) as file:
         file.writelines(log.lines)
-    with _file(folder / FILES[0]) as file:
-        file.write(f"{notice()}\n\nNo warnings encountered during test.\n\n{_errors(0)}\n")
-    with _file(folder / FILES[2]) as file:
+    with whole_file(folder / FILES[0]) as file:
+        file.write(f"{notice()}\n\nNo warnings encountered during test.\n\n{_errors(log.errors)}\n")
+    with whole_file(folder / FILES[2]) as file:
         file.write("[")
-        for seq, (sample, data, tokens) in enumerate(answers):
+        for at, (seq, sample, data, tokens) in enumerate(answers):
             entry = f'"seq_id" : {seq}, "qsl_idx" : {sample}, "data" : "{data.hex().upper()}", "token_count" : {tokens}'
-            file.write(("," if seq else "") + "\n{ " + entry + " }")
+            file.write(("," if at else "") + "\n{ " + entry + " }")
         file.write("\n]\n")
 
 
@@ -233,7 +239,7 @@ def _write_trace(run: Run, limit: int) -> None:
     """Chrome trace events of the first `limit` samples in order of completion; ts in µs from T0."""
     server, left = run.scenario.kind is Kind.SERVER, limit
     columns = ["seq", "query", "sample", "phase", "due_ns", "sent_ns", "first_ns", "done_ns"]
-    with _file(run.folder / FILES[3]) as file:
+    with whole_file(run.folder / FILES[3]) as file:
         file.write('{"traceEvents":[\n')
         for batch in pq.ParquetFile(run.folder / "records.parquet").iter_batches(4096, columns=columns):
             for row in batch.to_pylist():
@@ -282,7 +288,7 @@ def _errors(count: int) -> str:
 
 
 @contextmanager
-def _file(path: Path) -> Iterator[TextIO]:
+def whole_file(path: Path) -> Iterator[TextIO]:
     """Writes beside `path` and renames at the end, so that a reader never sees half a file."""
     partial = path.with_name(path.name + ".tmp")
     try:

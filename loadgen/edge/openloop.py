@@ -17,7 +17,6 @@ import resource
 import sys
 import time
 from argparse import Namespace
-from array import array
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,12 @@ from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 from loadgen.core.record import Outcome, Record
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import WorkerAudit
-from loadgen.edge import accuracy, hardware, scenarios
+from loadgen.edge import comparison, hardware, scenarios
 from loadgen.edge.clients.dialects import dialect_of
 from loadgen.edge.clients.triton_http import probe
 from loadgen.edge.conductor import Conductor
 from loadgen.edge.errors import UserError
-from loadgen.edge.mlperf_log import write_accuracy_logs, write_logs
+from loadgen.edge.mlperf_log import write_logs
 from loadgen.edge.options import OPTIONS, PROGRESS_FD
 from loadgen.edge.samples import PromptLibrary
 from loadgen.edge.store import return_freed_memory
@@ -170,7 +169,7 @@ class Control:
         scenario = scenarios.resolve(options.scenario, options.model, options.preset, overrides)
         library = PromptLibrary(scenario.prompts, scenario)
         scenario = scenarios.sized(scenario, len(library))
-        accuracy.check(scenario)
+        comparison.check(scenario, library.texts)
         family = getattr(self.environment.user_classes[0], "family", scenario.family)
         if family != scenario.family:
             made = {"llm": "text: use loadgen/llm.py", "video": "video: use loadgen/video.py"}[scenario.family]
@@ -240,9 +239,7 @@ class Control:
         run = self.conductor.run
         try:
             if run.scenario.keep_outputs:
-                kept = ((a["sample"], array("i", a["token_ids"]).tobytes(), len(a["token_ids"]))
-                        for a in accuracy.answers(run.folder))  # fmt: skip
-                write_accuracy_logs(run, run.folder, kept)
+                comparison.write_files(run)
             else:
                 write_logs(run)
         except OSError as error:  # they can be written again from the sealed run; the verdict stands

@@ -191,12 +191,17 @@ def _exponent(value: float) -> int:
 
 
 def accuracy(run: Run) -> list[str]:
-    """One line on how far the answers equal the reference; none for a run without one."""
-    seen = run.summary.get("accuracy") or {}
-    if "token_agreement" not in seen:
-        return []
-    equal, share = f"{seen['equal']} of {seen['samples']}", seen["token_agreement"]
-    return [f"accuracy: {equal} answers equal the reference; token agreement {share * 100:.4g} %"]
+    """How far the answers equal the reference, and their ROUGE, a line each; none for a run without references."""
+    seen, lines = run.summary.get("accuracy") or {}, []
+    if "token_agreement" in seen:
+        equal, share = f"{seen['equal']} of {seen['samples']}", seen["token_agreement"]
+        lines.append(f"accuracy: {equal} answers equal the reference; token agreement {share * 100:.4g} %")
+    if scores := seen.get("rouge"):
+        names = (("1", "rouge1"), ("2", "rouge2"), ("L", "rougeL"), ("Lsum", "rougeLsum"))
+        shown = ", ".join(f"{label} {scores[key] * 100:.2f}" for label, key in names if key in scores)
+        of = f" over {scores['samples']:,} answers" if "samples" in scores else ""
+        lines.append(f"accuracy: ROUGE {shown}{of}")
+    return lines
 
 
 def facts(run: Run) -> dict[str, str]:

@@ -165,7 +165,7 @@ def _accuracy(data: Mapping[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     over.setdefault("salt", "off")
     if "reference" in over:
         over.setdefault("prompts", over["reference"])
-        over.setdefault("output_tokens", max(map(len, read_reference(Path(str(over["reference"]))))))
+        over.setdefault("output_tokens", max(map(len, read_reference(Path(str(over["reference"]))).values())))
     elif "min_agreement" in over:
         raise UserError("--min-agreement needs --reference FILE to agree with")
     least = positive(over, "min_agreement") if "min_agreement" in over else None

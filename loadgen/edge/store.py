@@ -162,7 +162,9 @@ def seal(
     full; `recover` can seal the folder once there is room.
     """
     parquet, partial = folder / "records.parquet", folder / "records.parquet.tmp"
+    held = contextlib.ExitStack()
     try:
+        held.enter_context((folder / "records.arrows").open("rb"))  # so that `_alive` sees a run that is being sealed
         return_freed_memory()
         with pq.ParquetWriter(partial, ARROW_SCHEMA, compression="zstd", use_dictionary=DICTIONARIES) as writer:
 
@@ -197,6 +199,8 @@ def seal(
             f"could not seal {folder}: {error.strerror or error}; its rows are safe in records.arrows: "
             f"free space, then `tritonmark report {folder}` seals it"
         ) from error
+    finally:
+        held.close()
     for name in ("records.arrows", "start.json"):
         (folder / name).unlink(missing_ok=True)
     return Run(folder, json.loads(json.dumps(sealed)))  # as a reader of the file would see it
@@ -264,9 +268,13 @@ def recover(folder: Path) -> Run:
         raise UserError(f"{folder} is still being recorded by process {pid}; wait for it or stop it")
     scheduled = start.pop("scheduled", 0)
     ended = "the load generator died before it could seal the run"
+    scenario = Scenario.from_json(start.pop("scenario"))
+    from loadgen.edge.comparison import assess  # accuracy mode only, and that part knows this one
+
     return seal(
-        folder, start, Scenario.from_json(start.pop("scenario")),
+        folder, start, scenario,
         lambda rows: Audit((), start.get("workers", 1), max(scheduled, len(rows)), len(rows), 0.0, ended=ended),
+        assess if scenario.keep_outputs else None,
     )  # fmt: skip
 
 

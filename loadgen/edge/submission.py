@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from loadgen.core.scenario import Kind, Seeds
-from loadgen.edge import store
+from loadgen.edge import comparison, store
 from loadgen.edge.errors import UserError
 from loadgen.edge.mlperf_log import FILES, notice, write_logs
 from loadgen.edge.mlperf_run import view
@@ -50,6 +50,7 @@ MEASUREMENTS = {
     "weight_data_types": None,
     "weight_transformations": "none",
 }
+SAME_FACTS = ("model", "backend", "precision", "weights")  # of an accuracy run and the speed that it stands beside
 ACCURACY_FILES = ("accuracy.txt", "mlperf_log_accuracy.json", "mlperf_log_detail.txt")
 MOST_ACCURACY_BYTES = 10 * 1024  # the checker's limit; MLCommons' own script keeps 4 kB at each end
 KEPT_BYTES = 4 * 1024
@@ -213,6 +214,9 @@ def _write_result(here: Place, system: dict[str, Any], accuracy: dict[str, Path]
     )
     given = accuracy.get(here.scenario.lower(), accuracy.get(""))
     missing = _accuracy(given, folder / "accuracy", here)
+    if given and not missing:
+        with (folder / "README.md").open("a") as readme:
+            readme.write(_origin(given, run))
     return missing + shortcomings(here)
 
 
@@ -265,9 +269,10 @@ def parse_accuracy(values: tuple[str, ...]) -> dict[str, Path]:
 
 def _accuracy(source: Path | None, target: Path, here: Place) -> list[str]:
     """Copies a real accuracy run, its log cut to the checker's size; without one, says what will be missing."""
-    absent = [name for name in ACCURACY_FILES if source is None or not (source / name).is_file()]
+    flaw = _flaw(source, here.run) if source else None
+    absent = [name for name in ACCURACY_FILES if source is None or flaw or not (source / name).is_file()]
     if source is None or absent:
-        why = f"{source} has no {', '.join(absent)}" if source else "no --accuracy folder was given"
+        why = flaw or f"{source} has no {', '.join(absent)}" if source else "no --accuracy folder was given"
         return [f"{here.scenario}: accuracy/{name} ({why}): the checker will reject this result" for name in absent]
     target.mkdir()
     for path in source.iterdir():
@@ -284,3 +289,31 @@ def _accuracy(source: Path | None, target: Path, here: Place) -> list[str]:
         data = log.read_bytes()
         log.write_bytes(data[:KEPT_BYTES] + b"\n\n...\n\n" + data[-KEPT_BYTES:])
     return []
+
+
+def _flaw(source: Path, performance: Run) -> str | None:
+    """Why a sealed accuracy run cannot stand beside this performance run. None for a folder of bare log files too."""
+    if not (source / "run.json").is_file() and not (source / "start.json").is_file():
+        return None
+    run = store.load(source)
+    if why := comparison.why_no_scores(run):
+        return f"{source}: {why}"
+    if not run.valid:
+        return f"{source} is {run.document['verdict']['headline']}"
+    for fact in SAME_FACTS:
+        mine, other = run.document.get(fact), performance.document.get(fact)
+        if mine != other:
+            return f"{source} has {fact} {mine}, the run {performance.folder.name} has {other}"
+    if not comparison.has_files(run):
+        comparison.write_files(run)
+    return None
+
+
+def _origin(source: Path, performance: Run) -> str:
+    """Which run the accuracy comes from, and whether its prompts are those of the performance run."""
+    if not (source / "run.json").is_file():
+        return ""
+    run = store.load(source)
+    mine, other = run.document.get("prompts", {}), performance.document.get("prompts", {})
+    same = "the prompts of the performance run" if mine.get("sha256") == other.get("sha256") else "other prompts"
+    return f"Accuracy: run {run.folder.name}, {mine.get('count')} prompts of {mine.get('source')}: {same}.\n"

@@ -14,7 +14,7 @@ import exporters
 
 RUNTIME = sorted((Path(exporters.__file__).parent / "runtime").glob("*.py"))
 ALLOWED = {"numpy", "torch", "transformers", "tokenizers", "triton_python_backend_utils", "diffusers", "av", "PIL", "vllm",
-           "tensorrt_llm", "torchao", "torch_tensorrt"}  # fmt: skip
+           "tensorrt_llm", "torchao", "torch_tensorrt", "triton"}  # fmt: skip
 FULL = {"text_input": "hi", "max_tokens": 4}
 
 
@@ -122,6 +122,7 @@ def model(runtime, fake_triton, repository, monkeypatch):
         {
             "model_config": json.dumps({"parameters": {"kv_tokens": {"string_value": "4096"}}}),
             "model_name": "m",
+            "model_instance_name": "m_0_0",
             "model_version": "1",
             "model_instance_kind": "CPU",
             "model_instance_device_id": "0",

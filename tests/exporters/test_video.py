@@ -385,4 +385,5 @@ def test_torch_compile_serves_the_same_video_and_starts_faster_again(videos, tmp
                 (answer,) = post(running, "generate", **reference.request, output="tensor")
                 assert video_agreement(reference.frames, frames_of(answer)) >= MIN_PSNR_DB["fp32"]
     assert (folder / "1/compile-cache").is_dir()
+    print(f"ready after {seconds} s")
     assert seconds[1] < seconds[0]

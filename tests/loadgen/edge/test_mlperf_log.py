@@ -135,11 +135,13 @@ def test_a_cut_multi_stream_query_is_whole_and_late(tmp_path):
 
 def test_accuracy_files_hold_answers_as_hexadecimal(tmp_path):
     run = simulate(tmp_path / "run", scenario("server"), count=3)
-    write_accuracy_logs(run, tmp_path / "accuracy", [(4, b"\x01\xab", 2), (1, b"", 0)])
+    write_accuracy_logs(run, tmp_path / "accuracy", [(7, 4, b"\x01\xab", 2), (0, 1, b"", 0)], unanswered=3)
     entries = json.loads((tmp_path / "accuracy" / "mlperf_log_accuracy.json").read_text())
-    assert entries[0] == {"seq_id": 0, "qsl_idx": 4, "data": "01AB", "token_count": 2} and len(entries) == 2
+    assert entries[0] == {"seq_id": 7, "qsl_idx": 4, "data": "01AB", "token_count": 2} and len(entries) == 2
     log = {line["key"]: line["value"] for line in detail(tmp_path / "accuracy")}
     assert log["effective_test_mode"] == "AccuracyOnly" and "result_validity" not in log
+    assert log["num_errors"] == 1 and log["error_runtime"] == "3 prompts have no answer"
+    assert [entry["seq_id"] for entry in entries] == [7, 0]  # lines by completion, numbers by order of issue
 
 
 @pytest.mark.slow
