@@ -1,10 +1,13 @@
-"""`tritonmark models | export | serve`. Options are overrides; the defaults live in the catalogue."""
+"""`tritonmark models | export | serve`. Options are overrides; the defaults live in the catalogue.
+
+`export --verify` ends with 3 where the served model does not agree with its reference.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,8 +16,13 @@ import click
 from exporters.catalogue import load_catalogue
 from exporters.errors import UserError
 from exporters.export import export_model, plan_export
-from exporters.registry import Build, backends_of
+from exporters.gpus import find_gpus
+from exporters.models_table import model_entry, models_table
+from exporters.registry import Build
 from exporters.server import TritonServer
+from exporters.verify import verify_export
+
+REFERENCE_ANSWERS = 16
 
 
 @click.group()
@@ -23,24 +31,15 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Everything in the catalogue, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Everything in the catalogue, and what fits here, as JSON.")
 def models(as_json: bool) -> None:
-    """List the models that can be exported."""
-    catalogue = load_catalogue().values()
+    """List the models that can be exported, and what fits on this machine's GPUs."""
+    catalogue, gpus = load_catalogue().values(), find_gpus()
     if as_json:
-        entries = [
-            {**dataclasses.asdict(model), "max_context": model.max_context, "backends": backends_of(model.family)}
-            for model in catalogue
-        ]
-        click.echo(json.dumps(entries, indent=2))
+        click.echo(json.dumps([model_entry(model, gpus) for model in catalogue], indent=2))
         return
-    row = "{:<14} {:<7} {:>11} {:<16} {:<20} {}"
-    click.echo(row.format("model", "family", "parameters", "precisions", "backends", "weights"))
-    for model in catalogue:
-        backends = ", ".join(backends_of(model.family))
-        source = f"hub ({model.hub_id}), folder, synthetic" if model.hub_id else "synthetic, folder"
-        size = f"{model.parameters / 1e9:.2f} B" if model.parameters >= 1e8 else f"{model.parameters / 1e6:.2f} M"
-        click.echo(row.format(model.name, model.family, size, ", ".join(model.precisions), backends, source))
+    for line in models_table(list(catalogue), gpus):
+        click.echo(line)
 
 
 @cli.command()
@@ -56,6 +55,7 @@ def models(as_json: bool) -> None:
     "--reference", type=click.IntRange(0), help="Reference answers for `run accuracy`.  [default: 16 for tiny models]"
 )
 @click.option("--reference-prompts", type=click.Path(path_type=Path), help="JSONL.  [default: the corpus's sentences]")
+@click.option("--verify", is_flag=True, help="Serve the result and compare it with its reference; 3 if it differs.")
 @click.option("--tp", default=1, show_default=True, help="GPUs that share the model by tensor parallelism.")
 @click.option("--pp", default=1, show_default=True, help="Pipeline stages (tensorrtllm).")
 @click.option("--ep", default=1, show_default=True, help="Groups of GPUs that share the experts (tensorrtllm).")
@@ -68,7 +68,7 @@ def models(as_json: bool) -> None:
 def export(
     model: str, backend: str, weights: str, out: Path, name: str | None, precision: str | None, seed: int,
     device: str, tp: int, pp: int, ep: int, served_from: str, image: str, build_cache: Path | None, no_check: bool,
-    dry_run: bool, force: bool, reference: int | None, reference_prompts: Path | None,
+    dry_run: bool, force: bool, reference: int | None, reference_prompts: Path | None, verify: bool,
 ) -> None:  # fmt: skip
     """Write MODEL as a Triton model into a model repository."""
     started = time.monotonic()
@@ -89,11 +89,15 @@ def export(
         tp=tp,
         build=build,
         force=force,
-        reference=(16 if model.endswith("-tiny") else 0) if reference is None else reference,
+        reference=(REFERENCE_ANSWERS if verify or model.endswith("-tiny") else 0) if reference is None else reference,
         reference_prompts=reference_prompts,
         on_progress=click.echo if backend == "tensorrtllm" else None,  # the others take seconds
     )
     click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")
+    if verify:
+        outcome = verify_export(folder, click.echo)
+        click.echo(outcome.line, err=not outcome.passed)
+        sys.exit(0 if outcome.passed else 3)
 
 
 class _Stop(Exception):  # noqa: N818 (a request, not an error)

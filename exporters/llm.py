@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 from exporters.config_pbtxt import ModelConfig, Tensor
+from exporters.errors import UserError
 from exporters.registry import Order, exporter
 from exporters.weights import SYNTHETIC, Written, write_pretrained, write_synthetic
 
 RUNTIME = Path(__file__).with_name("runtime")
 SHARED_FILES = ("llm_quantised", "llm_request", "llm_sampling", "llm_settings", "llm_text", "llm_weights")
-EAGER_FILES = ("llm_engine", "llm_link")
+EIGHT_BIT = ("fp8", "int8")
+EAGER_FILES = ("llm_engine", "llm_link", "llm_ranks")
 COMPILE_FILES = ("llm_compile", "llm_kernel", "llm_link", "llm_paged", "llm_slots", "llm_steps")
 INPUTS = (
     Tensor("text_input", "TYPE_STRING", optional=True),  # optional, so that the runtime can say what is missing
@@ -39,7 +41,10 @@ OPERATOR_SETTINGS = ("max_sequences", "max_batch_tokens", "kv_tokens", "kv_memor
 
 @exporter("llm", "torch-eager")
 def export_llm_torch_eager(order: Order, version: Path) -> ModelConfig:
-    """transformers' eager model under its own continuous batching, served by Triton's python backend."""
+    """transformers' eager model under its own continuous batching, served by Triton's python backend; with `--tp` on
+    several GPUs."""
+    if order.tp > 1 and order.precision in EIGHT_BIT:
+        raise UserError(f"--tp {order.tp} with {order.precision} is not supported by torch-eager; take bf16 or vllm")
     return _python_model(order, version, "batching", EAGER_FILES, instances=1)
 
 
@@ -47,6 +52,8 @@ def export_llm_torch_eager(order: Order, version: Path) -> ModelConfig:
 def export_llm_torch_compile(order: Order, version: Path) -> ModelConfig:
     """transformers' model classes with compiled and captured steps over a paged cache, in an engine process which
     several instances share: one instance streams about 8,000 responses a second at most."""
+    if order.tp > 1:
+        raise UserError("torch-compile runs on one GPU; take --backend torch-eager or vllm for --tp, or leave --tp out")
     return _python_model(order, version, "slots", COMPILE_FILES, instances=1 if order.model.tiny_of else 4)
 
 
@@ -68,7 +75,8 @@ def _python_model(order: Order, version: Path, engine: str, files: tuple[str, ..
         inputs=INPUTS,
         outputs=OUTPUTS,
         decoupled=True,
-        instance_kind="KIND_CPU" if order.device == "cpu" else "KIND_AUTO",
+        # With several ranks the engine places itself; Triton would make an instance for each GPU.
+        instance_kind="KIND_CPU" if order.device == "cpu" or order.tp > 1 else "KIND_AUTO",
         instance_count=instances,
         parameters={name: str(settings[name]) for name in OPERATOR_SETTINGS} | {"device": order.device},
     )
@@ -82,6 +90,7 @@ def runtime_settings(order: Order, written: Written) -> dict:
         "precision": order.precision,
         "device": order.device,
         "seed": order.seed,
+        "tp": order.tp,
         "draw_on_load": written.draw_on_load,
         "decodable_tokens": written.decodable_tokens,
         "end_token_ids": written.end_token_ids,

@@ -1,7 +1,9 @@
 """`reference.jsonl`: what plain `model.generate` answers, so that a server that is fast but wrong is found out.
 
 One line a prompt: `prompt`, `token_ids` (greedy, always `TOKENS` of them: end tokens don't end an answer, as in a load
-test) and their text as `output`.
+test), their text as `output`, and for each token the next choices: `alternatives` ([id, by how much its logit was
+lower]) and the smallest of these differences (`margins`). Where tokens are nearly tied, another order of adding up may
+prefer another one, and is not wrong. `precision` is what was computed in: that of the export, but plain 16 bit for an export in 8 bit, where that fits.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from exporters.weights import CORPUS, import_path
 
 NAME = "reference.jsonl"
 TOKENS = 32  # of each answer
+ALTERNATIVES = 4  # of each token
 RUNTIME = Path(__file__).with_name("runtime")
 
 
@@ -35,7 +38,8 @@ def prompts(count: int, source: Path | None = None) -> list[str]:
 
 
 def write_reference(version: Path, count: int, source: Path | None = None) -> None:
-    """Answer `count` prompts with the weights of the `version` folder, on the CPU, one after the other.
+    """Answer `count` prompts with the weights of the `version` folder, one after the other, on the CPU; on the GPU
+    where weights are drawn on load, because each kind of device draws others. A UserError where they do not fit.
 
     A video model's clips are written by `exporters.video_reference`.
     """
@@ -43,22 +47,61 @@ def write_reference(version: Path, count: int, source: Path | None = None) -> No
     if settings.get("family") == "video":
         from exporters.video_reference import write_references
 
-        return write_references(version, count, source)
+        write_references(version, count, source)
+        return
     texts = prompts(count, source)
     import tokenizers
     import torch
     from transformers import GenerationConfig
 
-    with import_path(RUNTIME):
-        from llm_weights import load_model
-    model = load_model(version / "weights", settings, "cpu").eval()
+    model, precision = _plain_model(version, settings)
     tokenizer = tokenizers.Tokenizer.from_file(str(version / "weights" / "tokenizer.json"))
     plain = GenerationConfig(do_sample=False, max_new_tokens=TOKENS, eos_token_id=None, pad_token_id=0)
     model.generation_config = plain
     with (version.parent / NAME).open("w", encoding="utf-8") as file, torch.no_grad():
         for text in texts:
-            ids = torch.tensor([tokenizer.encode(text).ids])
-            answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
-            answer = answer[0, ids.shape[1] :].tolist()
-            row = {"prompt": text, "token_ids": answer, "output": tokenizer.decode(answer)}
+            ids = torch.tensor([tokenizer.encode(text).ids], device=model.device)
+            made = model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=plain, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            answer = made.sequences[0, ids.shape[1] :]
+            nearest = _alternatives(torch.cat(made.logits).float(), answer)
+            row = {
+                "prompt": text,
+                "token_ids": answer.tolist(),
+                "output": tokenizer.decode(answer.tolist()),
+                "margins": [choices[0][1] for choices in nearest],
+                "alternatives": nearest,
+                "precision": precision,
+            }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _alternatives(logits, chosen) -> list[list[list]]:
+    """The `ALTERNATIVES` best tokens besides the `chosen` ones [T], from `logits` [T, vocabulary]: [id, difference]."""
+    import torch
+
+    best = logits.gather(1, chosen[:, None])
+    others = logits.scatter(1, chosen[:, None], -torch.inf).topk(ALTERNATIVES)
+    rows = zip(others.indices.tolist(), (best - others.values).tolist(), strict=True)
+    return [[[token, round(less, 4)] for token, less in zip(ids, lower, strict=True)] for ids, lower in rows]
+
+
+def _plain_model(version: Path, settings: dict):
+    """The model, and its precision: without 8-bit weights if those of 16 bit fit on the device."""
+    import torch
+
+    with import_path(RUNTIME):
+        from llm_quantised import STORAGE
+        from llm_weights import load_model
+    on_gpu = settings["draw_on_load"] and settings["device"] != "cpu" and torch.cuda.is_available()
+    as_served = settings["precision"]
+    reasons = []
+    for precision in ["bf16"] * (as_served in STORAGE) + [as_served]:
+        try:
+            wanted = settings | {"precision": precision, "tp": 1}
+            return load_model(version / "weights", wanted, "cuda:0" if on_gpu else "cpu"), precision
+        except ValueError as error:
+            reasons.append(str(error))
+    raise UserError(f"no reference answers: {reasons[-1]}; or export with --reference 0")

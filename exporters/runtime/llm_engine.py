@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from llm_request import Output, Prompt
+from llm_request import BadRequestError, Output, Prompt
 from llm_sampling import Rule
 from llm_weights import load_model
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
@@ -96,17 +96,21 @@ class Engine:
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1),
             continuous_batching_config=_batching_config(settings),
         )
+        self._ranks = settings["tp"]
         self._sent: dict[str, int] = {}  # tokens handed on, by request
         self._rules = TokenRules(self.end_ids)
         self._manager.logit_processor = self._rules
         self._manager.start()
-        self._warm_up()
+        if self._manager.is_tp_driver:
+            self._warm_up()
         gc.collect()
         gc.freeze()  # weights and modules never become garbage; later collections skip them
 
     def submit(self, request_id: str, ids: list[int], prompt) -> bool:
         """Queue one request; False when the batch loop does not take any more."""
         rule = Rule.of(prompt, len(ids), self.device)
+        if rule is not None and self._ranks > 1:
+            raise BadRequestError("with tensor parallelism answers are greedy, and min_tokens needs ignore_eos")
         if rule is not None:
             self._rules.rules[request_id] = rule
         accepted = self._manager.add_request(
@@ -200,8 +204,13 @@ class HostedEngine:
         self.cancel = self._engine.cancel
 
     def submit(self, request_id: str, ids: list[int], prompt: Prompt) -> None:
-        if not self._engine.submit(request_id, ids, prompt):
-            self._deliver([Output(request_id, [], True, "the batch loop takes no more requests")], self.occupancy())
+        try:
+            taken = self._engine.submit(request_id, ids, prompt)
+            reason = "the batch loop takes no more requests"
+        except BadRequestError as error:
+            taken, reason = False, str(error)
+        if not taken:
+            self._deliver([Output(request_id, [], True, reason)], self.occupancy())
 
     def occupancy(self) -> tuple[int, int, float]:
         return self._engine.occupancy()

@@ -257,6 +257,9 @@ def main() -> None:
     (base / "engine").unlink(missing_ok=True)
     started = time.monotonic()
     try:
+        if order["settings"].get("engine") == "batching" and order["settings"]["tp"] > 1:
+            llm_ranks = importlib.import_module("llm_ranks")
+            llm_ranks.lead(order)
         module, name = ENGINES[order["settings"]["engine"]]
         engine_class = getattr(importlib.import_module(module), name)
 

@@ -62,7 +62,7 @@ class TritonPythonModel:
         folder = Path(__file__).resolve().parent
         parameters = json.loads(args["model_config"]).get("parameters", {})
         self.settings = read_settings(folder, {key: value["string_value"] for key, value in parameters.items()})
-        device = _device(self.settings["device"], args)
+        device = _device(self.settings["device"], args, self.settings["tp"])
         started = time.monotonic()
         self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "weights" / "tokenizer.json"))
         self.tokenizer.no_truncation()
@@ -219,19 +219,21 @@ class TritonPythonModel:
                 _refuse(entry.sender, reason, pb_utils.TritonError.UNAVAILABLE)
 
 
-def _device(wanted: str, args: dict) -> str:
+def _device(wanted: str, args: dict, ranks: int) -> str:
     """The torch device of this instance: `auto` follows Triton's placement where torch can."""
     if wanted != "auto":
         return wanted
+    if ranks > 1:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
     if args["model_instance_kind"] == "GPU" and torch.cuda.is_available():
         return f"cuda:{args['model_instance_device_id']}"
     return "cpu"
 
 
 def _engine(folder: Path, settings: dict, device: str, name: str):
-    """The engine that settings.json names: transformers' continuous batching, unless another Python is to run it, lives
-    in this process; every other one in a process of its own."""
-    if settings["engine"] != "batching" or os.environ.get("TRITONMARK_ENGINE_PYTHON"):
+    """The engine that settings.json names: transformers' continuous batching, unless another Python or several
+    GPUs are to run it, lives in this process; every other one in a process of its own."""
+    if settings["engine"] != "batching" or settings["tp"] > 1 or os.environ.get("TRITONMARK_ENGINE_PYTHON"):
         from llm_link import RemoteEngine
 
         tell = pb_utils.Logger.log_info

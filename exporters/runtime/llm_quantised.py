@@ -83,7 +83,7 @@ class ScaledExperts(torch.nn.Module):
         ends = torch.searchsorted(flat[order], numbers, right=True).to(torch.int32)
         gate, up = self._product(hidden[order // chosen.shape[1]], "gate_up_proj", ends).chunk(2, dim=-1)
         answer = self._product(self.act_fn(gate) * up, "down_proj", ends) * shares.reshape(-1)[order, None]
-        # Back in the order of the tokens by index, not by adding up: so the sum has one order, and equal runs are equal.
+        # Back in the order of the tokens by index, not by adding up: so sums have one order, and equal runs are equal.
         return answer[order.argsort()].view(*chosen.shape, -1).sum(1).to(hidden.dtype)
 
     def _product(self, rows: torch.Tensor, name: str, ends: torch.Tensor) -> torch.Tensor:

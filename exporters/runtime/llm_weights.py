@@ -144,8 +144,8 @@ class ShortRotary(torch.nn.Module):
 def load_model(folder: Path, settings: dict, device: str) -> torch.nn.Module:
     """The model on `device`: from safetensors in `folder`, or drawn there from the seed when there are none.
 
-    Settings read: model_class, precision, draw_on_load, max_context; with draw_on_load seed and decodable_tokens. Raises
-    ValueError, one line, when the device cannot hold it or lacks the precision.
+    Settings read: model_class, precision, draw_on_load, max_context; with draw_on_load seed and decodable_tokens.
+    Raises ValueError, one line, when the device cannot hold it or lacks the precision.
     """
     precision = settings["precision"]
     dtype, storage = DTYPES[precision], STORAGE.get(precision)
@@ -153,7 +153,13 @@ def load_model(folder: Path, settings: dict, device: str) -> torch.nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with _default_dtype(dtype), torch.device("meta"):
         model = getattr(transformers, settings["model_class"])(config)
-    _check_room(model, precision, device)
+    ranks = settings.get("tp", 1)
+    _check_room(model, precision, device, ranks)
+    sharder = None
+    if ranks > 1:
+        from llm_ranks import Sharder
+
+        sharder = Sharder(model, device)
     if settings["draw_on_load"]:
         source = _drawn(model, settings, dtype, device)
     else:
@@ -165,6 +171,8 @@ def load_model(folder: Path, settings: dict, device: str) -> torch.nn.Module:
             if storage is None or not hold(model, name, weight, storage):
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(weight, requires_grad=False))
+            if sharder is not None:
+                sharder.filled(name)
     model.tie_weights()
     _make_rotary(model, settings["max_context"], device)
     missing = [name for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_meta]
@@ -191,7 +199,7 @@ def _make_rotary(model: torch.nn.Module, max_context: int, device: str) -> None:
     with _default_dtype(torch.float32), torch.device(device):
         rotary = type(model.model.rotary_emb)(config=config)
         rope = config.rope_parameters
-        if rope["rope_type"] == "longrope" and max_context <= rope["original_max_position_embeddings"]:
+        if rope["rope_type"] == "longrope" and max_context <= rope.get("original_max_position_embeddings", 0):
             rotary = ShortRotary(rotary)
     model.model.rotary_emb = rotary
 
@@ -219,9 +227,9 @@ def needed_bytes(model: torch.nn.Module, precision: str) -> int:
     return narrow + (sum(weight.numel() for weight in model.parameters()) - narrow) * wide
 
 
-def _check_room(model: torch.nn.Module, precision: str, device: str) -> None:
+def _check_room(model: torch.nn.Module, precision: str, device: str, ranks: int) -> None:
     """Refuse what cannot fit, before minutes are spent or the host is out of memory."""
-    needed = needed_bytes(model, precision)
+    needed = needed_bytes(model, precision) / ranks
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(torch.device(device))
     else:

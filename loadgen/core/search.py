@@ -283,6 +283,8 @@ class _Search:
         while True:
             low, middle, high = self._boundary()
             answer = min(self.plan.round(low), self._under(failed))
+            if (made := len(self._rates(Outcome.PASS, full=True) + self._rates(Outcome.FAIL, full=True))) >= MOST_RUNS:
+                raise _StopError("noisy", f"{made} full-length runs contradict each other: make them longer")
             if high / answer <= 1 + self.plan.precision or self.plan.round(middle) <= answer:
                 if (yield from self._ask(answer, None, "confirm")) is Outcome.PASS:
                     return Done(answer, "found", "confirmed by its own full-length run", failed)
@@ -296,18 +298,19 @@ class _Search:
         """Low, middle and high estimate of the boundary, from the full-length runs."""
         runs = [o for o in self.seen if o.full and o.outcome in (Outcome.PASS, Outcome.FAIL)]
         requests = sum(o.requests for o in runs) / len(runs)
-        if len(runs) >= MOST_RUNS:
-            raise _StopError("noisy", f"{len(runs)} full-length runs contradict each other: make them longer")
         trials = tuple((o.rate, o.outcome is Outcome.PASS) for o in runs)
         return quantiles(trials, requests, (RISK, 0.5, 1 - SHORT))
 
     def _salvage(self, stop: _StopError) -> Steps:
-        """After a search that had to stop: the best rate confirmed so far, else one run to confirm one."""
-        rough = self.passed(full=False)
-        if self.passed() is None and rough is not None and stop.code in ("budget", "client"):
+        """After a search that had to stop: the best rate confirmed so far, or one run to confirm a better one."""
+        best, failed = self.passed(), self.failed()
+        hope = self.passed(full=False) if best is None and stop.code in ("budget", "client") else None
+        if best is not None and failed is not None and stop.code in ("budget", "noisy"):
+            hope = min(self.plan.round(self._boundary()[0]), self._under(failed))
+        if hope is not None and hope > (best or 0.0):
             spent = sum(o.cost_s for o in self.seen)
-            if spent + self._cost_s(rough) <= self.plan.budget_s:
-                seen = yield Probe(rough, self.plan.full_length_s(rough), True, "confirm")
+            if spent + self._cost_s(hope) <= self.plan.budget_s:
+                seen = yield Probe(hope, self.plan.full_length_s(hope), True, "confirm")
                 self.seen.append(seen)
         return Done(self.passed(), stop.code, stop.reason, self.failed())
 

@@ -57,7 +57,12 @@ def launch(arguments: list[str], console: Console, locust_file: str | None = Non
         with os.fdopen(receive) as lines, _interrupts_go_to(process) as interrupts:
             watch(_remember(lines, seen), console)
             code = process.wait()
-        launched = _result(code, seen.get("folder"), log)
+        try:
+            launched = _result(code, seen.get("folder"), log)
+        except (UserError, RuntimeError):
+            if interrupts:  # before there was a run to seal
+                raise KeyboardInterrupt from None
+            raise
         launched.interrupted = bool(interrupts)
         return launched
 

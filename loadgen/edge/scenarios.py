@@ -199,7 +199,8 @@ def _clip(bound: Mapping[str, Any], data: Mapping[str, Any], over: dict[str, Any
             raise UserError(f"--clip has no {name!r}; it takes {known}, such as frames=9,steps=4")
         if name:
             at = {"clip": value}
-            values[name] = positive(at, "clip") if name == "guidance" else whole(at, "clip", 0, least=0 if name == "seed" else 1)
+            least = 0 if name == "seed" else 1
+            values[name] = positive(at, "clip") if name == "guidance" else whole(at, "clip", 0, least)
     return Clip(**values)
 
 

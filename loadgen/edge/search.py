@@ -1,23 +1,19 @@
 """Searches on a real server: every probe is a sealed run, and a journal lets an interrupted search go on.
 
-The journal is `<results>/search-<key>.json`; the key is a hash of all that decides what a probe means (scenario with
-its overrides, model, server, precision, probe time), so the same command finds it again. It is replaced as a whole
-after each probe. What to try next follows from it alone (`core.search`), so a resumed search makes the probes that an
-uninterrupted one would have made. The budget isn't part of the key: more of it continues the same search.
+The journal (`edge.journal`) has the key of all that decides what a probe means: scenario with its overrides, model,
+server, precision, probe time. What to try next follows from it alone (`core.search`), so a resumed search makes the
+probes that an uninterrupted one would have made. The budget isn't in the key: more of it continues the same search.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -30,7 +26,8 @@ from loadgen.core.search import Done, Observation, Outcome, Plan, Probe, propose
 from loadgen.edge import launch as launching
 from loadgen.edge.command_options import arguments
 from loadgen.edge.errors import UserError
-from loadgen.edge.store import Run, write_json
+from loadgen.edge.journal import Journal
+from loadgen.edge.store import Run
 
 Launch = Callable[[list[str], Console], launching.Launched]
 START = 0.8  # of the throughput with 16 in flight
@@ -41,48 +38,6 @@ CALIBRATION = {"scenario": "concurrency", "concurrency": 16, "preset": "smoke", 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the user wanted it
     """Ctrl-C: the probe was cut and does not count; the journal has everything before it."""
-
-
-@dataclass
-class Journal:
-    """Entries of one search or sweep, on disk after each `append`. `facts` is what makes it this one and no other."""
-
-    path: Path
-    facts: dict[str, Any]
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, kind: str, results: Path, facts: dict[str, Any], restart: bool = False) -> Journal:
-        """The journal of these facts, with what it holds; empty where there is none. `restart` moves the old aside."""
-        text = json.dumps(facts, sort_keys=True, default=str)
-        path = results / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-        journal = cls(path, json.loads(text))
-        if restart and path.exists():
-            aside = (path.with_suffix(f".{n}.old") for n in range(1, 10_000))
-            path.rename(next(p for p in aside if not p.exists()))
-        if path.exists():
-            try:
-                document = json.loads(path.read_text(encoding="utf-8"))
-                journal.entries, journal.notes = document["entries"], document["notes"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path} is damaged ({error}); --restart begins anew") from error
-        return journal
-
-    def append(self, entry: dict[str, Any]) -> None:
-        self.entries.append(entry)
-        self.save()
-
-    def save(self) -> None:
-        """Replaces the file as a whole. Raises UserError where it cannot be written."""
-        document = {"facts": self.facts, "notes": self.notes, "entries": self.entries}
-        partial = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(partial, document)
-            partial.replace(self.path)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; choose another --results") from error
 
 
 @dataclass

@@ -20,9 +20,10 @@ from loadgen.core.sweep import order
 from loadgen.edge import scenarios
 from loadgen.edge.command_options import declare
 from loadgen.edge.errors import UserError
+from loadgen.edge.journal import Journal
 from loadgen.edge.options import OPTIONS
 from loadgen.edge.samples import PromptLibrary
-from loadgen.edge.search import Interrupted, Journal, Prober, Search, clock
+from loadgen.edge.search import Interrupted, Prober, Search, clock
 from loadgen.edge.sweep import Sweep, show
 
 SEARCHED = (Kind.SERVER, Kind.CONCURRENCY)
@@ -58,15 +59,15 @@ def search(
         raise UserError(f"--goodput is {goodput:g}; give a share between 0 and 1, such as 0.99")
     plan = planned(resolved, options, seconds(budget, "--budget"), seconds(probe_time, "--probe-time"), precision, most)
     facts = {"search": asdict(plan) | {"budget_s": None}, "goodput": goodput, **configuration(options, resolved)}
-    journal = Journal.open("search", Path(options["results"]), facts | {"locust": locust_options}, restart)
-    task = Search(Prober(options, locust_options, console), resolved, plan, journal, goodput)
-    if journal.entries:
-        task.say(f"going on with {len(journal.entries)} probes of {journal.path}; --restart would begin anew")
-    try:
-        done = task.run()
-    except (Interrupted, KeyboardInterrupt):
-        console.print(ON_HOLD.format(path=journal.path), highlight=False, soft_wrap=True)
-        sys.exit(3)
+    with Journal.held("search", Path(options["results"]), facts | {"locust": locust_options}, restart) as journal:
+        task = Search(Prober(options, locust_options, console), resolved, plan, journal, goodput)
+        if journal.entries:
+            task.say(f"going on with {len(journal.entries)} probes of {journal.path}; --restart would begin anew")
+        try:
+            done = task.run()
+        except (Interrupted, KeyboardInterrupt):
+            console.print(ON_HOLD.format(path=journal.path), highlight=False, soft_wrap=True)
+            sys.exit(3)
     tell(task, done, style)
     sys.exit(0 if done.rate is not None else 3)
 
@@ -103,12 +104,12 @@ def sweep(
     values = numbers(str(rates or concurrencies), option)
     points = order(values, repeats, None if in_order else seed)
     facts = {"sweep": option, "locust": locust_options, **configuration(options, resolved)}
-    journal = Journal.open("sweep", Path(options["results"]), facts, restart)
-    try:
-        rows = Sweep(Prober(options, locust_options, console), option, points, journal).run()
-    except (Interrupted, KeyboardInterrupt):
-        console.print(ON_HOLD.format(path=journal.path), highlight=False, soft_wrap=True)
-        sys.exit(3)
+    with Journal.held("sweep", Path(options["results"]), facts, restart) as journal:
+        try:
+            rows = Sweep(Prober(options, locust_options, console), option, points, journal).run()
+        except (Interrupted, KeyboardInterrupt):
+            console.print(ON_HOLD.format(path=journal.path), highlight=False, soft_wrap=True)
+            sys.exit(3)
     show(rows, option, style, Console())
     sys.exit(0 if all(row["valid"] == row["repeats"] for row in rows) else 3)
 

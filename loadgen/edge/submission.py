@@ -269,10 +269,11 @@ def parse_accuracy(values: tuple[str, ...]) -> dict[str, Path]:
 
 def _accuracy(source: Path | None, target: Path, here: Place) -> list[str]:
     """Copies a real accuracy run, its log cut to the checker's size; without one, says what will be missing."""
-    flaw = _flaw(source, here.run) if source else None
-    absent = [name for name in ACCURACY_FILES if source is None or flaw or not (source / name).is_file()]
+    if source and (flaw := _flaw(source, here.run)):
+        return [f"{here.scenario}: accuracy ({flaw}): the checker will reject this result"]
+    absent = [name for name in ACCURACY_FILES if source is None or not (source / name).is_file()]
     if source is None or absent:
-        why = flaw or f"{source} has no {', '.join(absent)}" if source else "no --accuracy folder was given"
+        why = f"{source} has no {', '.join(absent)}" if source else "no --accuracy folder was given"
         return [f"{here.scenario}: accuracy/{name} ({why}): the checker will reject this result" for name in absent]
     target.mkdir()
     for path in source.iterdir():
@@ -300,6 +301,9 @@ def _flaw(source: Path, performance: Run) -> str | None:
         return f"{source}: {why}"
     if not run.valid:
         return f"{source} is {run.document['verdict']['headline']}"
+    want, prompts = LOADED_SAMPLES.get(performance.scenario.benchmark), run.scenario.library_size
+    if want and prompts != want:
+        return f"{source} answers {prompts} prompts; {performance.scenario.benchmark} has {want}"
     for fact in SAME_FACTS:
         mine, other = run.document.get(fact), performance.document.get(fact)
         if mine != other:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from loadgen.core.sweep import Point, digest, lines
-from loadgen.edge.search import Journal, Prober, clock
+from loadgen.edge.journal import Journal
+from loadgen.edge.search import Prober, clock
 
 LATENCIES = (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"))
 

@@ -37,7 +37,7 @@ def test_unknown_model_lists_the_known_ones():
 def test_catalogue_is_whole():
     for model in load_catalogue().values():
         assert model.precisions and model.parameters > 0
-        assert model.max_context == (226 if model.family == "video" else 2048)
+        assert model.max_context == 226 if model.family == "video" else model.max_context >= 2048
         assert model.hub_id == "" or model.family == "video" or len(model.revision) == 40
     assert find_model("phi-2-tiny").tiny_of == "phi-2"
 

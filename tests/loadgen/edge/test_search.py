@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -15,7 +17,8 @@ from loadgen.core.verdict import Audit, judge
 from loadgen.edge import scenarios, search_cli
 from loadgen.edge import search as searching
 from loadgen.edge.errors import UserError
-from loadgen.edge.search import Interrupted, Journal, Prober, clock, cut_after
+from loadgen.edge.journal import Journal
+from loadgen.edge.search import Interrupted, Prober, clock, cut_after
 
 MS = 1_000_000
 
@@ -182,3 +185,79 @@ def test_the_real_locust_finds_what_the_fake_server_carries(fake_triton, tmp_pat
     assert answer["spent_s"] <= 52 and answer["rate"] is not None
     assert 4 <= answer["rate"] <= 18  # 3 s runs let a queue of 1 s grow: some way above is VALID
     assert json.loads((tmp_path / answer["run"] / "run.json").read_text())["verdict"]["valid"] is True
+
+
+def test_a_journal_belongs_to_one_process(tmp_path):
+    with Journal.held("search", tmp_path, {"a": 1}) as journal:
+        same = Journal.held("search", tmp_path, {"a": 1})
+        with pytest.raises(UserError, match="another search with these options is going on"), same:
+            pass
+        with Journal.held("sweep", tmp_path, {"a": 1}), Journal.held("search", tmp_path, {"a": 2}):
+            journal.append({"x": 1})
+    with Journal.held("search", tmp_path, {"a": 1}) as again:
+        assert again.entries == [{"x": 1}]
+    assert not list(tmp_path.glob("*.lock"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --results"), Journal.held("search", tmp_path / "file", {}):
+        pass
+
+
+class Searching:
+    """`tritonmark search` in a process of its own, against the fake server."""
+
+    def __init__(self, url, results):
+        self.words = [sys.executable, "-m", "tritonmark", "search", "server", "--host", url, "--model", "fake",
+                      "--ttft-ms", "1000", "--output-tokens", "5", "--target-qps", "5", "--run-time", "8s",
+                      "--probe-time", "4s", "--budget", "2m", "--warmup", "2", "--results", str(results)]  # fmt: skip
+
+    def start(self):
+        return subprocess.Popen(self.words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, start_new_session=True)  # fmt: skip
+
+
+def probes(results):
+    return [e for path in results.glob("search-*.json") for e in json.loads(path.read_text())["entries"]]
+
+
+def until(condition, seconds=40):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["starting", "measuring"])
+def test_ctrl_c_ends_a_real_search_and_the_same_command_goes_on(fake_triton, tmp_path, moment):
+    """Ctrl-C in the second probe: while its load process starts, and while it measures."""
+    fake_triton.plan({"server": {"capacity": 2}, "ttft_ms": 50, "itl_ms": 25})
+    searching_for = Searching(fake_triton.url, tmp_path)
+    process = searching_for.start()
+    try:
+        until(lambda: len(probes(tmp_path)) == 1)
+        if moment == "measuring":
+            until(lambda: list(tmp_path.rglob("start.json")))
+            second = subprocess.run(searching_for.words, capture_output=True, text=True, timeout=20)
+            assert second.returncode == 2, second.stdout + second.stderr
+            (line,) = second.stderr.strip().splitlines()
+            assert line.startswith("error: another search with these options is going on")
+        else:
+            time.sleep(0.6)  # Locust takes longer than that to begin
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert time.monotonic() - asked < 15
+    finally:
+        process.kill()
+    assert process.returncode == 3 and "run the same command again to go on" in output, output
+    assert "Traceback" not in output and not list(tmp_path.rglob("start.json")) and not list(tmp_path.glob("*.lock"))
+    before = probes(tmp_path)
+    assert len(before) == 1
+    process = searching_for.start()
+    try:
+        until(lambda: len(probes(tmp_path)) > 1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "going on with 1 probes" in output and probes(tmp_path)[:1] == before

@@ -112,6 +112,21 @@ time.sleep(30)
         process.wait()
 
 
+def test_a_run_that_is_being_sealed_is_not_sealed_again(tmp_path):
+    """In accuracy mode that takes seconds; the file of rows stays open for as long, which is what others look at."""
+    writer = start(tmp_path, 1)
+    writer.write(store.pack([record(0)]))
+    writer.close()
+    seen = []
+
+    def slow(folder, scenario):
+        seen.append(store._alive(os.getpid(), folder))
+        return {}, []
+
+    store.seal(writer.folder, {"run_id": "run"}, SCENARIO, audit, slow)
+    assert seen == [True] and not store._alive(os.getpid(), writer.folder)
+
+
 def test_a_full_disk_while_sealing_keeps_the_rows(tmp_path, monkeypatch):
     writer = start(tmp_path, 1)
     writer.write(store.pack([record(0)]))

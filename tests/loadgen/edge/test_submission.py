@@ -6,17 +6,30 @@ import os
 import re
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from simulated_run import simulate
 
-from loadgen.edge import scenarios, store
+from loadgen.core.record import Answer, Outcome, Phase, Record
+from loadgen.core.verdict import Audit
+from loadgen.edge import comparison, scenarios, store
+from loadgen.edge.accuracy import AnswerWriter, pack_answers
 from loadgen.edge.check_cli import check
 from loadgen.edge.errors import UserError
 from loadgen.edge.mlperf_log import write_accuracy_logs, write_logs
-from loadgen.edge.submission import MAY_BE_EMPTY, MUST_SAY, parse_accuracy, submission, system_facts, write_tree
+from loadgen.edge.submission import (
+    LOADED_SAMPLES,
+    MAY_BE_EMPTY,
+    MUST_SAY,
+    SAME_FACTS,
+    parse_accuracy,
+    submission,
+    system_facts,
+    write_tree,
+)
 
 SYSTEM = {
     "status": "available", "system_name": "Simulated machine", "system_type": "datacenter",
@@ -209,3 +222,62 @@ def test_the_official_checker_rejects_a_run_that_falls_short(tmp_path, system, a
     tree(tmp_path, [run], system, accuracy={"": accuracy}, allow_invalid=True)
     accepted, text = official(tmp_path)
     assert not accepted and why in text, text[-3000:]
+
+
+def accuracy_run(folder: Path, count: int, *, references: bool = True, ended: str | None = None, **facts) -> store.Run:
+    """A sealed accuracy run whose answers are its references."""
+    prompts = folder.parent / f"{folder.name}.jsonl"
+    rows = [{"prompt": f"p{i}"} | ({"output": "two words"} if references else {}) for i in range(count)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scenario = scenarios.sized(scenarios.resolve("accuracy", "phi-2", overrides={"prompts": str(prompts)}), count)
+    folder.mkdir()
+    writer, answers = store.RunWriter(folder, {}), AnswerWriter(folder)
+    records = []
+    for i in range(count):
+        record = Record(i, i, i, 0, Phase.MEASURE, 0, 2)
+        record.outcome, record.answer = Outcome.OK, Answer(["two words"], array("i", [1, 2]))
+        record.sent_ns, record.first_ns, record.done_ns, record.tokens_in, record.tokens_out = 1, 2, 3, 1, 2
+        record.usage_out, record.chunk_ns, record.chunk_tokens = 2, array("q", [2, 3]), array("i", [1, 1])
+        records.append(record)
+    writer.write(store.pack(records))
+    answers.write(pack_answers(records))
+    writer.close()
+    answers.close()
+    document = {"model": "phi-2", "backend": "b", "precision": "fp16", "weights": "w", "prompts": {"count": count}}
+    audit = Audit((), 1, count, count, 1.0, ended=ended)
+    return store.seal(folder, document | facts, scenario, lambda rows: audit, comparison.assess)
+
+
+def test_a_sealed_accuracy_run_is_taken_over(tmp_path, full, system):
+    same = {key: full.document.get(key) for key in SAME_FACTS}
+    run = accuracy_run(tmp_path / "good", 13_368, **same)
+    root, missing = tree(tmp_path, [full], system, accuracy={"": run.folder})
+    assert missing == []
+    text = (root / "results/Simulated_machine/phi-2/Server/accuracy/accuracy.txt").read_text()
+    assert "'rouge1': '100.0'" in text and "'gen_num': 13368" in text and re.search(r"^hash=\w{64}$", text, re.M)
+    assert "13368 prompts of" in (root / "results/Simulated_machine/phi-2/Server/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "why"),
+    [
+        (3, {}, "answers 3 prompts; llama3.1-8b has 13368"),
+        (3, {"references": False}, "none of its prompts have a reference answer"),
+        (3, {"ended": "stopped"}, "is INVALID: cut_off"),
+    ],
+)
+def test_an_accuracy_run_that_cannot_stand_there_is_said(tmp_path, full, system, count, options, why):
+    run = accuracy_run(tmp_path / "run", count, **options)
+    root, (line,) = tree(tmp_path, [full], system, accuracy={"": run.folder})
+    assert line.startswith("Server: accuracy (") and why in line
+    assert not (root / "results/Simulated_machine/phi-2/Server/accuracy").exists()
+
+
+def test_accuracy_of_another_model_or_no_accuracy_run_is_said(tmp_path, full, system, monkeypatch):
+    monkeypatch.setitem(LOADED_SAMPLES, "llama3.1-8b", 2)
+    same = {key: full.document.get(key) for key in SAME_FACTS}
+    run = accuracy_run(tmp_path / "run", 2, **same | {"precision": "int3"})
+    _, lines = tree(tmp_path, [full], system, accuracy={"": run.folder})
+    assert "has precision int3, the run" in lines[0]
+    missing = write_tree([full], out=tmp_path / "two", submitter="Us", system=system, accuracy={"": full.folder})
+    assert "it is a server run: make one with `tritonmark run accuracy`" in missing[0]

@@ -1,0 +1,173 @@
+"""How far a figure of one run would scatter if the run were made again on the same machine: block bootstrap.
+
+Latencies of neighbours are alike, so single requests may not be resampled. A run in due order is cut into blocks of
+equal length, several times as long as the dependence lasts (`dependence.variance_inflation` says how long), and whole
+blocks are drawn with replacement (Carlstein, Annals of Statistics 1986). Everything is estimated as a logarithm, since
+comparisons are ratios. Two runs of one schedule may be drawn with the same blocks: what befell both then cancels.
+
+What this cannot see is how two runs of the same thing differ; `compare.py` takes that from repeats.
+benchmarks/compare_coverage.py shows how often the intervals cover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from loadgen.core.dependence import Float, variance_inflation
+from loadgen.core.record import Int64
+
+RESAMPLES = 400
+LENGTHS = 4.0  # block length in inflations v: what blocks cut apart is then a small share of the dependence
+FEWEST_BLOCKS = 10  # fewer blocks cannot tell their own scatter
+LEAST_TAIL = 15.0  # effective values beyond a quantile; with fewer the quantile is a matter of one or two clusters
+_LEAN = 4.0  # v of a short series tends to be too small, see confidence.py
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure of one run as a natural logarithm, and the variance of that with its degrees of freedom.
+
+    `variance` is None where the run is too short to tell it.
+    """
+
+    log: float
+    variance: float | None = None
+    df: float = math.inf
+
+    @property
+    def value(self) -> float:
+        return math.exp(self.log)
+
+
+Statistic = Callable[[Float], Float]  # block weights, resamples x blocks → the logarithm of the figure in each
+
+
+def quantile(values: Float, p: float, seed: int = 0) -> Estimate | None:
+    """The p-quantile of positive `values` in due order (+inf = failed), LoadGen's sorted[floor(n p)].
+
+    None where there is no value or the quantile lies among failures.
+    """
+    point = _quantile(values, p)
+    if point is None:
+        return None
+    length = _quantile_block(values, p)
+    return Estimate(math.log(point)) if length is None else _estimate(
+        math.log(point), len(values), length, lambda w: _quantiles(values, p, length, w), seed)  # fmt: skip
+
+
+def mean(values: Float, seed: int = 0) -> Estimate | None:
+    """The mean of positive `values` in due order; None where one failed or there is none."""
+    if not len(values) or not np.isfinite(values).all() or values.mean() <= 0:
+        return None
+    return ratio_of_sums(values, np.ones(len(values)), seed)
+
+
+def rate(done_ns: Int64, amounts: Float, seed: int = 0) -> Estimate | None:
+    """Amounts per second from T0 to the last completion, of completed rows in any order. None without any.
+
+    Blocks are made of consecutive completions: each brings its amount, and the time since the one before it.
+    """
+    order = np.argsort(done_ns, kind="stable")
+    gaps = np.diff(done_ns[order], prepend=0) / 1e9
+    amounts = amounts[order]
+    if not len(order) or gaps.sum() <= 0 or amounts.sum() <= 0:
+        return None
+    return ratio_of_sums(amounts, gaps, seed)
+
+
+def ratio_of_sums(above: Float, below: Float, seed: int = 0) -> Estimate:
+    """log(Σ above / Σ below) of rows in the order of time."""
+    log = math.log(above.sum() / below.sum())
+    influence = above / above.mean() - below / below.mean()
+    length = _block(len(above), variance_inflation(influence))
+    if length is None:
+        return Estimate(log)
+    sums = [_block_sums(x, length) for x in (above, below)]
+    return _estimate(log, len(above), length, lambda w: np.log((w @ sums[0]) / (w @ sums[1])), seed)
+
+
+def paired_quantile(a: Float, b: Float, p: float, seed: int = 0) -> Estimate | None:
+    """log(quantile of b / quantile of a) where row i of both was the same slot of the same schedule."""
+    points = _quantile(a, p), _quantile(b, p)
+    if points[0] is None or points[1] is None:
+        return None
+    log = math.log(points[1] / points[0])
+    lengths = _quantile_block(a, p), _quantile_block(b, p)
+    if lengths[0] is None or lengths[1] is None:
+        return Estimate(log)
+    length = max(lengths[0], lengths[1])
+    return _estimate(log, len(a), length,
+                     lambda w: _quantiles(b, p, length, w) - _quantiles(a, p, length, w), seed)  # fmt: skip
+
+
+def paired_mean(a: Float, b: Float, seed: int = 0) -> Estimate | None:
+    """log(mean of b / mean of a), paired as in `paired_quantile`; None where a row failed."""
+    both = np.concatenate([a, b])
+    if not len(both) or not np.isfinite(both).all() or both.min() <= 0:
+        return None
+    return ratio_of_sums(b, a, seed)
+
+
+def _estimate(log: float, n: int, length: int, statistic: Statistic, seed: int) -> Estimate:
+    """The variance of `statistic` over resampled blocks, corrected for their number and for what they cut apart."""
+    blocks = n // length
+    if blocks < FEWEST_BLOCKS:
+        return Estimate(log)
+    weights = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
+    found = statistic(weights.astype(np.float64))
+    if not np.isfinite(found).all():  # a resample whose quantile failed: there is no telling how slow it might be
+        return Estimate(log)
+    cut = 1 - 0.5 / LENGTHS if length > 1 else 1.0  # an AR(1) series' blocks of length L lose v / 2L of the variance
+    return Estimate(log, float(found.var(ddof=1)) * blocks / (blocks - 1) / cut, blocks - 1)
+
+
+def _block(n: int, inflation: float) -> int | None:
+    """Rows of a block; None where there would be too few blocks."""
+    if n < FEWEST_BLOCKS:
+        return None
+    lean = inflation * (1 + _LEAN * math.sqrt(inflation / n)) if inflation > 1.0 else 1.0
+    length = 1 if inflation <= 1.0 else math.ceil(LENGTHS * lean)
+    return length if n // length >= FEWEST_BLOCKS else None
+
+
+def _quantile_block(values: Float, p: float) -> int | None:
+    """Block length for a quantile: of the dependence of being slow, at the quantile and at p50 and p90.
+
+    None where too few values lie beyond it: they would be one or two clusters of slow requests.
+    """
+    n = len(values)
+    if n < 2 * FEWEST_BLOCKS:
+        return None
+    ascending = np.sort(values)
+    at = {int(n * p), int(n * 0.5), int(n * min(p, 0.9))}
+    v = max(variance_inflation(values > ascending[i]) for i in at)
+    if n * min(p, 1 - p) / v < LEAST_TAIL:
+        return None
+    return _block(n, v)
+
+
+def _quantile(values: Float, p: float) -> float | None:
+    if not len(values):
+        return None
+    point = float(np.partition(values, int(len(values) * p))[int(len(values) * p)])
+    return point if math.isfinite(point) and point > 0 else None
+
+
+def _quantiles(values: Float, p: float, length: int, weights: Float) -> Float:
+    """log of the p-quantile for each row of block weights."""
+    n = len(values) // length * length
+    order = np.argsort(values[:n], kind="stable")
+    block, ascending = order // length, values[:n][order]
+    out = np.empty(len(weights))
+    for i, row in enumerate(weights):  # a row at a time: memory of one run and not of 400
+        reached = np.cumsum(row[block])
+        out[i] = ascending[min(int(np.searchsorted(reached, int(n * p), "right")), n - 1)]
+    return np.asarray(np.log(out))
+
+
+def _block_sums(values: Float, length: int) -> Float:
+    return values[: len(values) // length * length].reshape(-1, length).sum(axis=1)
