@@ -3,7 +3,8 @@
 One line a prompt: `prompt`, `token_ids` (greedy, always `TOKENS` of them: end tokens don't end an answer, as in a load
 test), their text as `output`, and for each token the next choices: `alternatives` ([id, by how much its logit was
 lower]) and the smallest of these differences (`margins`). Where tokens are nearly tied, another order of adding up may
-prefer another one, and is not wrong. `precision` is what was computed in: that of the export, but plain 16 bit for an export in 8 bit, where that fits.
+prefer another one, and is not wrong. `precision` is what was computed in: that of the export, but plain 16 bit for an
+export in 8 bit, where that fits.
 """
 
 from __future__ import annotations

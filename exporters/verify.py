@@ -85,8 +85,8 @@ def compare(rows: Sequence[dict[str, Any]], answers: Sequence[Sequence[int]], ma
         compared += len(expected) if at is None else at
         if at is None and len(answer) == len(expected):
             continue
-        lead = _lead(row, answer, at)
-        if lead < margin:
+        lead, near = _lead(row, answer, at)
+        if near and lead < margin:
             ties += 1
             continue
         compared, diverging = compared + 1, diverging + 1
@@ -95,19 +95,20 @@ def compare(rows: Sequence[dict[str, Any]], answers: Sequence[Sequence[int]], ma
     return Agreement(len(rows), compared, equal, ties, diverging, worst)
 
 
-def _lead(row: dict[str, Any], answer: Sequence[int], at: int | None) -> float:
-    """By how much the reference's token `at` led over the answer's, in logits; at least, where that was not near."""
+def _lead(row: dict[str, Any], answer: Sequence[int], at: int | None) -> tuple[float, bool]:
+    """By how much the reference's token `at` led over the answer's, in logits, and whether that is known: of a token
+    beyond the stored alternatives only the least possible lead is."""
     if at is None or at >= len(answer):
-        return float("inf")  # too long or too short
+        return float("inf"), False  # too long or too short
     nearest = dict(row["alternatives"][at])
-    return nearest.get(answer[at], max(nearest.values()))
+    return nearest.get(answer[at], max(nearest.values())), answer[at] in nearest
 
 
 def _difference(row: dict[str, Any], answer: Sequence[int], at: int | None) -> str:
     expected = row["token_ids"]
     if at is None or at >= len(answer):
         return f"has {len(answer)} tokens instead of {len(expected)}"
-    return f"at token {at + 1}: {answer[at]} instead of {expected[at]}, which led by {_lead(row, answer, at):.2f}"
+    return f"at token {at + 1}: {answer[at]} instead of {expected[at]}, which led by {_lead(row, answer, at)[0]:.2f}"
 
 
 def verify_export(folder: Path, on_progress: Callable[[str], None] | None = None) -> Outcome:

@@ -4,7 +4,7 @@
     python benchmarks/gpu/measure.py phi-2 --repository model_repository --results results
 
 For each model: SingleStream, then fixed concurrencies, with synthetic prompts of exact length; every run is sealed
-under --results. TRITONMARK_LOAD_PYTHON names another interpreter for the load, where the server's environment has no Locust.
+under --results. TRITONMARK_LOAD_PYTHON names another interpreter for the load, where the server's has no Locust.
 """
 
 from __future__ import annotations

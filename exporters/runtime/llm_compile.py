@@ -8,8 +8,12 @@ two halves of Phi's parallel block on two streams, where reading the weights alo
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that torch's own documentation uses)
@@ -78,3 +82,11 @@ def _parallel(layer: torch.nn.Module, side: torch.cuda.Stream, add: Callable, se
         return add(attended, fed, hidden_states)
 
     return forward
+
+
+def can_compile(device: str) -> bool:
+    """Compiled code for the CPU needs a C++ compiler and Python's headers; CUDA brings its own."""
+    if device.startswith("cuda"):
+        return True
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.is_file() and shutil.which(os.environ.get("CXX", "g++")) is not None

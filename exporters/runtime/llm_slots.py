@@ -17,10 +17,11 @@ from pathlib import Path
 
 import llm_paged
 import torch
+from llm_compile import can_compile
 from llm_paged import PAGE
 from llm_request import Output, Prompt
 from llm_sampling import Rule
-from llm_steps import Launched, Steps, can_compile
+from llm_steps import Launched, Steps
 from llm_weights import load_model
 
 
@@ -59,7 +60,7 @@ class SlotEngine:
         self._free_slots = list(range(slots - 1, -1, -1))
         compiled = can_compile(device)
         if not compiled:
-            tell("no C++ compiler (g++) was found: decode steps run uncompiled")
+            tell("decode steps run uncompiled: no C++ compiler (g++) or no Python.h (python3-dev) was found")
         self._waiting: deque[Sequence] = deque()
         self._active: dict[Sequence, None] = {}  # a set that keeps its order
         self._flights: deque[tuple[Launched, list[Sequence]]] = deque()

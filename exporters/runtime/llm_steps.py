@@ -9,8 +9,6 @@ graph for a few batch sizes and prompt lengths; decode steps are compiled too (l
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Callable, Sequence
 
 import llm_paged
@@ -239,8 +237,3 @@ class Steps:
         finally:
             for layer, forward in self._layers:
                 layer.forward = forward
-
-
-def can_compile(device: str) -> bool:
-    """Compiled code for the CPU needs a C++ compiler; CUDA brings its own."""
-    return device.startswith("cuda") or shutil.which(os.environ.get("CXX", "g++")) is not None

@@ -14,7 +14,7 @@ import exporters
 
 RUNTIME = sorted((Path(exporters.__file__).parent / "runtime").glob("*.py"))
 ALLOWED = {"numpy", "torch", "transformers", "tokenizers", "triton_python_backend_utils", "diffusers", "av", "PIL", "vllm",
-           "tensorrt_llm", "torchao", "torch_tensorrt", "triton"}  # fmt: skip
+           "tensorrt_llm", "torchao", "torch_tensorrt", "triton", "safetensors"}  # fmt: skip
 FULL = {"text_input": "hi", "max_tokens": 4}
 
 

@@ -1,0 +1,191 @@
+"""The catalogue's numbers, and the decision of what fits on which GPUs."""
+
+import dataclasses
+import json
+import re
+import sys
+import types
+
+import pytest
+from click.testing import CliRunner
+
+from exporters import cli as cli_module
+from exporters import gpus as gpus_module
+from exporters.catalogue import check_parameters, find_model, load_catalogue
+from exporters.errors import UserError
+from exporters.gpus import LocalGpu, find_gpus, fit, fits, needed_bytes, weights_bytes
+from exporters.models_table import models_table, offered
+
+GIB = 1 << 30
+GTX_1080 = LocalGpu("NVIDIA GeForce GTX 1080", 6.1, 8 * GIB, 8 * GIB)
+V100 = LocalGpu("Tesla V100-SXM2-16GB", 7.0, 16 * GIB, 16 * GIB)
+A100 = LocalGpu("NVIDIA A100-SXM4-80GB", 8.0, 80 * GIB, 80 * GIB)
+H100 = LocalGpu("NVIDIA H100 80GB HBM3", 9.0, 81559 << 20, 81000 << 20)
+H200 = LocalGpu("NVIDIA H200", 9.0, 143771 << 20, 143000 << 20)
+LLMS = [model for model in load_catalogue().values() if model.family == "llm"]
+
+
+@pytest.mark.parametrize("model", LLMS, ids=lambda model: model.name)
+def test_transformers_builds_exactly_these_parameters(model):
+    check_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "kv_bytes"),
+    [
+        ("phi-2", 2_779_683_840, 327_680),
+        ("phi-3.5-moe", 41_873_153_344, 131_072),
+        ("llama-3-70b", 70_553_706_496, 327_680),
+    ],
+)
+def test_sizes_of_the_real_models(name, parameters, kv_bytes):
+    model = find_model(name)
+    assert (model.parameters, model.kv_bytes_per_token) == (parameters, kv_bytes)
+    assert weights_bytes(model, "bf16") == 2 * parameters
+
+
+def test_another_architecture_is_refused():
+    model = dataclasses.replace(find_model("llama-3-70b-tiny"), parameters=1)
+    with pytest.raises(UserError, match="has 381,248 parameters here, 1 in the catalogue"):
+        check_parameters(model)
+
+
+def test_fp8_of_llama_is_what_one_gpu_of_80_gb_holds():
+    assert weights_bytes(find_model("llama-3-70b"), "fp8") == pytest.approx(72.7e9, rel=0.002)
+
+
+@pytest.mark.parametrize("model", load_catalogue().values(), ids=lambda model: model.name)
+def test_every_entry_is_whole(model):
+    assert model.licence and model.precisions and model.mlperf and set(model.runtime) >= {"threads"}
+    assert not model.hub_id or model.family == "video" or len(model.revision) == 40
+    assert model.tiny_of in load_catalogue() if model.name.endswith("-tiny") else not model.tiny_of
+    if model.tiny_of:
+        whole = find_model(model.tiny_of)
+        assert (model.model_class, model.family, model.mlperf) == (whole.model_class, whole.family, whole.mlperf)
+        assert set(model.config) == set(whole.config) and set(model.runtime) == set(whole.runtime)
+
+
+def test_phi_moe_is_served_within_its_short_factors():
+    model = find_model("phi-3.5-moe")
+    rope = model.config["rope_parameters"]
+    assert model.max_context == rope["original_max_position_embeddings"] == 4096
+    assert len(rope["short_factor"]) == len(rope["long_factor"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tp", "there", "answer"),
+    [
+        ("phi-2", "fp16", 1, [GTX_1080], "needs 10.2 GB, NVIDIA GeForce GTX 1080 has 8.6 GB free"),
+        ("phi-2", "int8", 1, [GTX_1080], ""),
+        ("phi-2", "fp8", 1, [GTX_1080], "fp8 needs compute capability 8.9, NVIDIA GeForce GTX 1080 has 6.1"),
+        ("phi-2", "bf16", 1, [V100], ""),
+        ("phi-2", "fp32", 1, [V100], "needs 18.5 GB"),
+        ("phi-2", "fp8", 1, [A100], "fp8 needs compute capability 8.9"),
+        ("phi-2", "fp8", 1, [H100], ""),
+        ("phi-3.5-moe", "bf16", 1, [A100], "needs 86.8 GB, .* has 85.9 GB free; 2 of these would do"),
+        ("phi-3.5-moe", "int8", 1, [A100], ""),
+        ("phi-3.5-moe", "bf16", 1, [H100], "2 of these would do"),
+        ("phi-3.5-moe", "bf16", 1, [H200], ""),
+        ("phi-3.5-moe", "fp8", 1, [H100], ""),
+        ("llama-3-70b", "bf16", 1, [H200], "needs 145.8 GB, NVIDIA H200 has 149.9 GB free"),
+        ("llama-3-70b", "fp8", 1, [H100], ""),
+        ("llama-3-70b", "int8", 1, [A100], ""),
+        ("llama-3-70b", "fp8", 1, [V100, V100], "fp8 needs"),
+        ("llama-3-70b", "bf16", 2, [H100, H100], ""),
+        ("llama-3-70b", "bf16", 2, [H100], "2 GPUs are needed, 1 are there"),
+        ("llama-3-70b", "bf16", 4, [V100] * 4, "on each of 4, .*has 17.2 GB free"),
+        ("cogvideox-5b", "bf16", 1, [V100], "needs 33.1 GB"),
+        ("cogvideox-5b", "bf16", 1, [A100], ""),
+        ("phi-2", "bf16", 1, [], "no GPU: only the -tiny models"),
+        ("phi-2-tiny", "bf16", 1, [], ""),
+    ],
+)
+def test_what_fits_where(name, precision, tp, there, answer):
+    found = fit(find_model(name), precision, tp, there)
+    if (name, precision, there) == ("llama-3-70b", "bf16", [H200]):  # 141.1 + 2.7 + 2.0 GB: just
+        assert found.fits and found.needed_bytes == pytest.approx(145.8e9, rel=0.001)
+        return
+    assert found.fits == (not answer) and "\n" not in found.reason
+    if answer:
+        assert re.search(answer, found.reason), found.reason
+
+
+def test_what_others_use_does_not_count():
+    busy = dataclasses.replace(H100, free_bytes=5 * GIB)
+    assert not fit(find_model("phi-2"), "bf16", 1, [busy]).fits
+    assert fit(find_model("phi-2"), "bf16", 1, [busy, H100]).fits
+
+
+def test_emulated_types_are_said():
+    assert "take fp16" in fit(find_model("phi-2"), "bf16", 1, [V100]).note
+    assert fit(find_model("phi-2"), "bf16", 1, [A100]).note == ""
+    big = dataclasses.replace(GTX_1080, free_bytes=12 * GIB)
+    assert "slower than fp32" in fit(find_model("phi-2"), "fp16", 1, [big]).note
+
+
+def test_the_fewest_gpus_are_chosen():
+    found = {one.precision: one for one in fits(find_model("llama-3-70b"), ("bf16", "fp8"), [H100, H100])}
+    assert (found["bf16"].tp, found["fp8"].tp) == (2, 1) and found["bf16"].fits and found["fp8"].fits
+    assert fits(find_model("cogvideox-5b"), ("bf16",), [V100, V100])[0].tp == 1  # a pipeline is not shared
+
+
+def test_a_share_is_smaller():
+    model = find_model("llama-3-70b")
+    assert needed_bytes(model, "bf16", 2) == pytest.approx((needed_bytes(model, "bf16", 1) + 2e9) / 2)
+
+
+def test_nvidia_smi_is_read(monkeypatch):
+    monkeypatch.setattr(gpus_module, "_by_nvml", lambda: 1 / 0)
+    said = "NVIDIA H100 80GB HBM3, 9.0, 81559, 81000\nNVIDIA odd, [N/A], [N/A], 1\n"
+    monkeypatch.setattr(gpus_module.subprocess, "run", lambda *a, **k: types.SimpleNamespace(stdout=said))
+    assert find_gpus() == [H100]
+
+
+def test_no_driver_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(gpus_module, "_by_nvml", lambda: 1 / 0)
+    monkeypatch.setattr(gpus_module, "QUERY", ("no-such-program-here",))
+    assert find_gpus() == []
+
+
+def test_nvml_is_read(monkeypatch):
+    memory = types.SimpleNamespace(total=81559 << 20, free=81000 << 20)
+    fake = types.SimpleNamespace(
+        nvmlInit=lambda: None, nvmlShutdown=lambda: None, nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index, nvmlDeviceGetName=lambda handle: b"NVIDIA H100 80GB HBM3",
+        nvmlDeviceGetCudaComputeCapability=lambda handle: (9, 0), nvmlDeviceGetMemoryInfo=lambda handle: memory,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert find_gpus() == [H100]
+
+
+def test_the_table_says_what_fits(monkeypatch):
+    monkeypatch.setattr(cli_module, "find_gpus", lambda: [H100])
+    said = CliRunner().invoke(cli_module.cli, ["models"]).output
+    assert "NVIDIA H100 80GB HBM3: 84.9 of 85.5 GB free" in said
+    llama = said[said.index("llama-3-70b ") : said.index("llama-3-70b-tiny")]
+    assert "fp8: fits (77.3 GB)" in llama and "bf16: no (needs 145.8 GB" in llama and "Community License" in llama
+
+
+def test_the_table_without_gpus():
+    said = "\n".join(models_table(list(load_catalogue().values()), []))
+    assert said.startswith("no GPU: only the -tiny models run here")
+    assert said.count("fits (needs no GPU)") == sum(bool(model.tiny_of) for model in load_catalogue().values())
+
+
+def test_the_json_has_sizes_and_fits(monkeypatch):
+    monkeypatch.setattr(cli_module, "find_gpus", lambda: [A100])
+    entries = {e["name"]: e for e in json.loads(CliRunner().invoke(cli_module.cli, ["models", "--json"]).output)}
+    moe = entries["phi-3.5-moe"]
+    assert moe["kv_bytes_per_token"] == 131072 and moe["weights_bytes"]["bf16"] == 2 * 41_873_153_344
+    assert {one["precision"]: one["fits"] for one in moe["fits"]} == {
+        "bf16": False,
+        "fp16": False,
+        "fp8": False,
+        "int8": True,
+    }
+    assert moe["backend_precisions"]["torch-eager"] == ["bf16", "fp16", "fp8", "int8"]
+
+
+def test_backends_without_a_path_are_left_out():
+    assert "tensorrtllm-llmapi" in offered(find_model("llama-3-70b"))
+    assert "tensorrtllm-llmapi" not in offered(find_model("phi-2"))

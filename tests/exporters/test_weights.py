@@ -1,0 +1,307 @@
+"""Weights on their device: drawn, loaded one parameter at a time, in 8 bit; and real ones that cannot be had."""
+
+import dataclasses
+import errno
+import json
+import shutil
+import types
+
+import pytest
+
+from exporters import weights as weights_module
+from exporters.catalogue import find_model
+from exporters.errors import UserError
+from exporters.export import export_model
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+TINY = ("phi-2-tiny", "phi-3.5-moe-tiny", "llama-3-70b-tiny")
+DECODABLE = 1900
+
+
+@pytest.fixture(scope="module")
+def modules(runtime):
+    return types.SimpleNamespace(weights=runtime("llm_weights"), quantised=runtime("llm_quantised"))
+
+
+@pytest.fixture(scope="module")
+def drawn(modules, tmp_path_factory):
+    """{name: (folder of save_pretrained, the model that was saved)}, in fp32 on the CPU."""
+    made = {}
+    for name in TINY:
+        model, folder = find_model(name), tmp_path_factory.mktemp(name)
+        config = getattr(transformers, model.config_class)(**model.config)
+        network = getattr(transformers, model.model_class)(config)
+        modules.weights.draw_weights(network, 0, DECODABLE)
+        network.save_pretrained(folder)
+        made[name] = folder, network.eval()
+    return made
+
+
+def settings(name, precision="fp32", **more):
+    model = find_model(name)
+    return {"model_class": model.model_class, "precision": precision, "draw_on_load": True, "seed": 0,
+            "decodable_tokens": DECODABLE, "max_context": model.max_context, **more}  # fmt: skip
+
+
+def logits(network, seed=1, length=48):
+    ids = torch.randint(0, DECODABLE, (2, length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return network(ids).logits.float()
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("draw", [False, True])
+def test_loading_equals_what_was_saved(modules, drawn, name, draw):
+    folder, network = drawn[name]
+    loaded = modules.weights.load_model(folder, settings(name, draw_on_load=draw), "cpu")
+    assert torch.equal(logits(loaded), logits(network))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(loaded), logits(theirs))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_are_like_a_trained_model_s(drawn, name):
+    found = logits(drawn[name][1])[..., :DECODABLE]
+    assert 2.5 < found.std() < 3.5
+    shares = found.softmax(-1)
+    entropy = -(shares * shares.clamp_min(1e-30).log()).sum(-1)
+    assert 2 < entropy.mean() < 6  # of a possible 7.5: neither flat nor certain
+    assert len(set(found.argmax(-1).flatten().tolist())) > 60
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_answers_to_different_prompts_differ(drawn, name):
+    network = drawn[name][1]
+    plain = transformers.GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    ids = torch.arange(1, 33).view(4, 8)
+    answers = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)[:, 8:]
+    assert len({tuple(answer) for answer in answers.tolist()}) == 4
+    assert all(len(set(answer)) > 3 for answer in answers.tolist())
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8", "int8"])
+def test_ids_that_cannot_be_spelt_are_never_chosen(modules, drawn, name, precision):
+    network = modules.weights.load_model(drawn[name][0], settings(name, precision), "cpu")
+    for seed in range(4):
+        found = logits(network, seed, 64)
+        assert found.isfinite().all()
+        # Far below every other one, so that sampling at any sane temperature does not choose them either.
+        assert found[..., DECODABLE:].max() < found[..., :DECODABLE].min() - 1000
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.03), ("int8", 0.06), ("fp8", 0.12)])
+def test_8_bit_is_near(modules, drawn, name, precision, error):
+    """The median, since a mixture's outliers come from another expert where two nearly tie."""
+    exact = logits(drawn[name][1])[..., :DECODABLE]
+    near = logits(modules.weights.load_model(drawn[name][0], settings(name, precision), "cpu"))[..., :DECODABLE]
+    assert 0 < (near - exact).abs().median() < error
+
+
+def test_8_bit_weights_are_held_in_8_bit(modules, drawn):
+    network = modules.weights.load_model(drawn["phi-3.5-moe-tiny"][0], settings("phi-3.5-moe-tiny", "fp8"), "cpu")
+    layer = network.model.layers[1]
+    assert layer.mlp.experts.gate_up_proj.dtype is layer.self_attn.q_proj.weight.dtype is torch.float8_e4m3fn
+    assert layer.mlp.experts.gate_up_proj_scale.shape == (8, 192, 1)
+    wide = (
+        network.lm_head.weight,
+        network.model.embed_tokens.weight,
+        layer.mlp.router.weight,
+        layer.self_attn.q_proj.bias,
+    )
+    assert {weight.dtype for weight in wide} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_memory_is_counted_before_it_is_taken(modules, drawn, name, precision):
+    network = modules.weights.load_model(drawn[name][0], settings(name, precision), "cpu")
+    held = sum(weight.nbytes for weight in network.parameters())
+    config = transformers.AutoConfig.from_pretrained(drawn[name][0])
+    with torch.device("meta"):
+        outline = getattr(transformers, find_model(name).model_class)(config)
+    assert modules.weights.needed_bytes(outline, precision) == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.int8])
+def test_rows_are_scaled_apart(modules, storage):
+    weight = torch.randn(3, 64) * torch.tensor([[1e-3], [1.0], [0.0]])
+    held, scale = modules.quantised.quantise(weight, storage)
+    back = held.float() * scale
+    assert (back - weight).abs().amax(1)[0] < 4e-5 * weight[0].abs().max() * 1000 and back[2].abs().max() == 0
+    assert ((back - weight).abs().amax(1)[:2] / weight.abs().amax(1)[:2]).max() < 0.04
+
+
+def test_short_rotary_is_transformers_own(modules, drawn):
+    network = drawn["phi-3.5-moe-tiny"][1]
+    short = modules.weights.ShortRotary(network.model.rotary_emb)
+    positions = torch.tensor([[0, 5, 2047], [3, 1, 4095]])
+    hidden = torch.zeros(2, 3, 64)
+    ours, theirs = short(hidden, positions), network.model.rotary_emb(hidden, positions)
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_rotary_numbers_are_never_what_memory_held(modules, drawn):
+    for name in TINY:
+        network = modules.weights.load_model(drawn[name][0], settings(name, "bf16"), "cpu")
+        inverse = network.model.rotary_emb.inv_freq
+        assert inverse.dtype is torch.float32 and torch.equal(inverse, drawn[name][1].model.rotary_emb.inv_freq)
+
+
+def test_a_parameter_that_is_missing_is_named(modules, drawn, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(drawn["llama-3-70b-tiny"][0], tmp_path / "w")
+    held = load_file(tmp_path / "w/model.safetensors")
+    del held["model.layers.1.mlp.up_proj.weight"]
+    save_file(held, tmp_path / "w/model.safetensors", {"format": "pt"})
+    with pytest.raises(KeyError, match=r"layers\.1\.mlp\.up_proj\.weight is not in"):
+        modules.weights.load_model(tmp_path / "w", settings("llama-3-70b-tiny", draw_on_load=False), "cpu")
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_is_drawn(modules, drawn, tmp_path):
+    model = find_model("llama-3-70b")
+    transformers.LlamaConfig(**model.config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the weights take 141\.1 GB in bf16, but cpu has .* GB free") as caught:
+        modules.weights.load_model(tmp_path, settings("llama-3-70b", "bf16"), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 0), True), ((8, 0), True), ((8, 9), False), ((9, 0), False)])
+def test_fp8_on_an_older_gpu(modules, monkeypatch, capability, refused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    if not refused:
+        modules.weights._check_capability("fp8", "cuda:0")
+        return
+    with pytest.raises(ValueError, match=r"fp8 needs compute capability 8\.9, Some GPU has .*; export in bf16"):
+        modules.weights._check_capability("fp8", "cuda:0")
+    modules.weights._check_capability("int8", "cuda:0")
+
+
+def test_tied_embeddings_are_refused(modules):
+    network = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match="output layer is its embedding"):
+        modules.weights.draw_weights(network, 0, 64)
+
+
+def test_real_weights_are_linked_not_loaded(repository, tmp_path, monkeypatch):
+    source = shutil.copytree(repository / "phi-2-tiny/1/weights", tmp_path / "source")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    folder = export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out", precision="bf16")
+    linked = folder / "1/weights/model.safetensors"
+    assert linked.samefile(source / "model.safetensors")
+    assert json.loads((folder / "1/weights/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_files_of_others_are_copied(repository, tmp_path):
+    source = shutil.copytree(repository / "phi-2-tiny/1/weights", tmp_path / "source")
+    (source / "model.safetensors").chmod(0o600)
+    folder = export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out")
+    assert not (folder / "1/weights/model.safetensors").samefile(source / "model.safetensors")
+    assert (source / "model.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+def test_other_formats_are_converted(repository, tmp_path):
+    source = shutil.copytree(repository / "phi-2-tiny/1/weights", tmp_path / "source")
+    network = transformers.AutoModelForCausalLM.from_pretrained(source)
+    torch.save(network.state_dict(), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    folder = export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out", reference=1)
+    same = (folder / "reference.jsonl").read_text(), (repository_reference(repository, tmp_path))
+    assert same[0] == same[1]
+
+
+def repository_reference(repository, tmp_path):
+    source = repository / "phi-2-tiny/1/weights"
+    folder = export_model("phi-2-tiny", weights=str(source), out=tmp_path / "again", reference=1)
+    return (folder / "reference.jsonl").read_text()
+
+
+def test_no_space(repository, tmp_path, monkeypatch):
+    source = shutil.copytree(repository / "phi-2-tiny/1/weights", tmp_path / "source")
+    (source / "model.safetensors").chmod(0o600)
+    monkeypatch.setattr(weights_module.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=10))
+    with pytest.raises(UserError, match=r"a copy of the weights needs 0\.0 GB on disk, .* free some") as caught:
+        export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out")
+    assert "\n" not in str(caught.value) and list((tmp_path / "out").iterdir()) == []
+
+
+def test_no_space_for_the_hub_s_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_module, "_describe", lambda *a: (None, None))
+    monkeypatch.setattr(weights_module.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=100e9))
+    with pytest.raises(
+        UserError, match=r"Meta-Llama-3-70B in the hub's cache needs 141\.1 GB on disk, .* 100\.0 GB free"
+    ):
+        export_model("llama-3-70b", weights="hub", out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+class GatedRepoError(OSError):
+    """Named like the hub's."""
+
+
+def wrapped(cause):
+    """As transformers raises the errors of the hub's client."""
+    error = OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (
+            "llama-3-70b",
+            wrapped(GatedRepoError("401 Client Error")),
+            "accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-70B, then `hf auth login`",
+        ),
+        ("llama-3-70b", OSError("401 Client Error\nUnauthorized for url"), "it is gated: accept its licence"),
+        ("llama-3-70b", OSError("Invalid user token."), "does not know the token in HF_TOKEN"),
+        (
+            "llama-3-70b",
+            OSError("We couldn't connect to 'https://huggingface.co'"),
+            "We couldn't connect .*it is also gated",
+        ),
+        (
+            "phi-3.5-moe",
+            OSError("We couldn't connect to 'https://huggingface.co'"),
+            "cannot fetch microsoft/Phi-3.5-MoE-instruct from the hub: We couldn't",
+        ),
+        ("phi-3.5-moe", OSError(errno.ENOSPC, "No space left on device"), "the disk is full: .*HF_HOME"),
+    ],
+)
+def test_a_hub_that_does_not_give(monkeypatch, tmp_path, name, error, message):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=message) as caught:
+        export_model(name, weights="hub", out=tmp_path)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_file(repository, tmp_path):
+    source = shutil.copytree(repository / "phi-2-tiny/1/weights", tmp_path / "source")
+    (source / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="cannot load weights from") as caught:
+        export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out")
+    assert "\n" not in str(caught.value) and list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_synthetic_export_counts_parameters(monkeypatch, tmp_path):
+    from exporters import export as export_module
+
+    wrong = dataclasses.replace(find_model("phi-2-tiny"), parameters=7)
+    monkeypatch.setattr(export_module, "find_model", lambda name: wrong)
+    with pytest.raises(UserError, match="364,032 parameters here, 7 in the catalogue"):
+        export_model("phi-2-tiny", out=tmp_path)
