@@ -15,6 +15,7 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tritonmark
+from exporters.models_table import catalogue_document, memory_document
 from loadgen.core.metrics import METRICS
 from loadgen.core.record import SCHEMA
 from loadgen.edge.options import OPTIONS
@@ -42,7 +43,8 @@ def options_table() -> str:
     return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
 
 
-TABLES = {"metrics": metrics_table, "schema": schema_table, "options": options_table}
+TABLES = {"metrics": metrics_table, "schema": schema_table, "options": options_table,
+          "models": catalogue_document, "memory": memory_document}  # fmt: skip
 
 
 def links(path: Path, text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `tritonmark models` shows: the catalogue, and beside it what fits on given GPUs and why the rest does not."""
+"""What `tritonmark models` and docs/models.md show: the catalogue, and what fits on given GPUs and why not."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from exporters.catalogue import Model
-from exporters.gpus import GB, Fit, LocalGpu, fits, weights_bytes
+from exporters.catalogue import Model, load_catalogue
+from exporters.gpus import GB, Fit, LocalGpu, fits, needed_bytes, weights_bytes
 from exporters.registry import backends_of, precisions_of
 
 ROW = "{:<17} {:<6} {:>10}  {}"
@@ -64,3 +64,29 @@ def _told(model: Model, one: Fit) -> str:
     if not model.tiny_of:
         detail.insert(0, f"{one.needed_bytes / GB:.1f} GB" + (f" on each of {one.tp} GPUs" if one.tp > 1 else ""))
     return f"{one.precision}: fits ({'; '.join(detail)})"
+
+
+def catalogue_document() -> str:
+    """The table of all models in docs/models.md."""
+    head = "| model | architecture | parameters | context served | torch precisions | nearest MLPerf rules | licence |"
+    rows = [
+        f"| `{m.name}` | {m.model_class} | {m.parameters:,} | {m.max_context} | {', '.join(m.precisions)} | {m.mlperf}"
+        f" | {m.licence}{', gated' if m.gated else ''} |"
+        for m in load_catalogue().values()
+    ]
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+
+
+def memory_document() -> str:
+    """The table of memory in docs/models.md."""
+    head = "| model | precision | weights | KV per token | needed on 1 GPU | on each of 2 | on each of 4 |"
+    rows = []
+    for model in load_catalogue().values():
+        for precision in () if model.tiny_of else model.precisions:
+            sizes = (1, 2, 4) if model.family == "llm" else (1,)
+            needs = [f"{needed_bytes(model, precision, size) / GB:.1f} GB" for size in sizes]
+            kept = model.kv_bytes_per_token * (2 if precision == "fp32" else 1)
+            cells = [f"{weights_bytes(model, precision) / GB:.1f} GB", f"{kept // 1024} KiB" if kept else "–"]
+            cells += [*needs, *["–"] * (3 - len(needs))]
+            rows.append(f"| `{model.name}` | {precision} | {' | '.join(cells)} |")
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])

@@ -21,6 +21,7 @@ from loadgen.core.dependence import Float, variance_inflation
 from loadgen.core.record import Int64
 
 RESAMPLES = 400
+MOST_BLOCKS = 250  # more of them tell the scatter no better
 LENGTHS = 4.0  # block length in inflations v: what blocks cut apart is then a small share of the dependence
 FEWEST_BLOCKS = 10  # fewer blocks cannot tell their own scatter
 LEAST_TAIL = 15.0  # effective values beyond a quantile; with fewer the quantile is a matter of one or two clusters
@@ -54,9 +55,10 @@ def quantile(values: Float, p: float, seed: int = 0) -> Estimate | None:
     point = _quantile(values, p)
     if point is None:
         return None
-    length = _quantile_block(values, p)
-    return Estimate(math.log(point)) if length is None else _estimate(
-        math.log(point), len(values), length, lambda w: _quantiles(values, p, length, w), seed)  # fmt: skip
+    blocks = _quantile_blocks(values, p)
+    if blocks is None:
+        return Estimate(math.log(point))
+    return _estimate(math.log(point), len(values), blocks, lambda w: _quantiles(values, p, blocks.length, w), seed)
 
 
 def mean(values: Float, seed: int = 0) -> Estimate | None:
@@ -83,11 +85,11 @@ def ratio_of_sums(above: Float, below: Float, seed: int = 0) -> Estimate:
     """log(Σ above / Σ below) of rows in the order of time."""
     log = math.log(above.sum() / below.sum())
     influence = above / above.mean() - below / below.mean()
-    length = _block(len(above), variance_inflation(influence))
-    if length is None:
+    blocks = _blocks(len(above), variance_inflation(influence))
+    if blocks is None:
         return Estimate(log)
-    sums = [_block_sums(x, length) for x in (above, below)]
-    return _estimate(log, len(above), length, lambda w: np.log((w @ sums[0]) / (w @ sums[1])), seed)
+    sums = [_block_sums(x, blocks.length) for x in (above, below)]
+    return _estimate(log, len(above), blocks, lambda w: np.log((w @ sums[0]) / (w @ sums[1])), seed)
 
 
 def paired_quantile(a: Float, b: Float, p: float, seed: int = 0) -> Estimate | None:
@@ -96,12 +98,12 @@ def paired_quantile(a: Float, b: Float, p: float, seed: int = 0) -> Estimate | N
     if points[0] is None or points[1] is None:
         return None
     log = math.log(points[1] / points[0])
-    lengths = _quantile_block(a, p), _quantile_block(b, p)
-    if lengths[0] is None or lengths[1] is None:
+    found = _quantile_blocks(a, p), _quantile_blocks(b, p)
+    if found[0] is None or found[1] is None:
         return Estimate(log)
-    length = max(lengths[0], lengths[1])
-    return _estimate(log, len(a), length,
-                     lambda w: _quantiles(b, p, length, w) - _quantiles(a, p, length, w), seed)  # fmt: skip
+    blocks = max(found[0], found[1], key=lambda x: x.length)
+    return _estimate(log, len(a), blocks, lambda w: _quantiles(b, p, blocks.length, w)
+                     - _quantiles(a, p, blocks.length, w), seed)  # fmt: skip
 
 
 def paired_mean(a: Float, b: Float, seed: int = 0) -> Estimate | None:
@@ -112,32 +114,42 @@ def paired_mean(a: Float, b: Float, seed: int = 0) -> Estimate | None:
     return ratio_of_sums(b, a, seed)
 
 
-def _estimate(log: float, n: int, length: int, statistic: Statistic, seed: int) -> Estimate:
+@dataclass(frozen=True)
+class _Blocks:
+    """`length` in rows; `kept` is the share of the variance that blocks of that length show."""
+
+    length: int
+    kept: float
+
+
+def _estimate(log: float, n: int, blocks: _Blocks, statistic: Statistic, seed: int) -> Estimate:
     """The variance of `statistic` over resampled blocks, corrected for their number and for what they cut apart."""
-    blocks = n // length
-    if blocks < FEWEST_BLOCKS:
-        return Estimate(log)
-    weights = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), RESAMPLES)
+    count = n // blocks.length
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
     found = statistic(weights.astype(np.float64))
     if not np.isfinite(found).all():  # a resample whose quantile failed: there is no telling how slow it might be
         return Estimate(log)
-    cut = 1 - 0.5 / LENGTHS if length > 1 else 1.0  # an AR(1) series' blocks of length L lose v / 2L of the variance
-    return Estimate(log, float(found.var(ddof=1)) * blocks / (blocks - 1) / cut, blocks - 1)
+    return Estimate(log, float(found.var(ddof=1)) * count / (count - 1) / blocks.kept, count - 1)
 
 
-def _block(n: int, inflation: float) -> int | None:
-    """Rows of a block; None where there would be too few blocks."""
+def _blocks(n: int, inflation: float) -> _Blocks | None:
+    """None where there would be too few blocks. A series that shows no dependence is resampled one by one."""
     if n < FEWEST_BLOCKS:
         return None
-    lean = inflation * (1 + _LEAN * math.sqrt(inflation / n)) if inflation > 1.0 else 1.0
-    length = 1 if inflation <= 1.0 else math.ceil(LENGTHS * lean)
-    return length if n // length >= FEWEST_BLOCKS else None
+    length = 1
+    if inflation > 1.0:
+        length = math.ceil(LENGTHS * inflation * (1 + _LEAN * math.sqrt(inflation / n)))
+    if n // length < FEWEST_BLOCKS:
+        return None
+    length = max(length, -(-n // MOST_BLOCKS))
+    # Blocks of length L of an AR(1) series lose (v - 1 / v) / 2L of the variance at their cuts.
+    return _Blocks(length, 1 - (inflation - 1 / inflation) / (2 * length))
 
 
-def _quantile_block(values: Float, p: float) -> int | None:
-    """Block length for a quantile: of the dependence of being slow, at the quantile and at p50 and p90.
+def _quantile_blocks(values: Float, p: float) -> _Blocks | None:
+    """Blocks for a quantile, by the dependence of being slow: at the quantile, at p50 and at p90.
 
-    None where too few values lie beyond it: they would be one or two clusters of slow requests.
+    None where too few values lie beyond the quantile: they would be one or two clusters of slow requests.
     """
     n = len(values)
     if n < 2 * FEWEST_BLOCKS:
@@ -145,9 +157,7 @@ def _quantile_block(values: Float, p: float) -> int | None:
     ascending = np.sort(values)
     at = {int(n * p), int(n * 0.5), int(n * min(p, 0.9))}
     v = max(variance_inflation(values > ascending[i]) for i in at)
-    if n * min(p, 1 - p) / v < LEAST_TAIL:
-        return None
-    return _block(n, v)
+    return None if n * min(p, 1 - p) / v < LEAST_TAIL else _blocks(n, v)
 
 
 def _quantile(values: Float, p: float) -> float | None:

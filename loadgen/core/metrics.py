@@ -36,6 +36,8 @@ class Context:
 
     kind: Kind
     limits: Limits
+    joules: float | None = None  # of the devices in use over the window of `window_ns`; None: not measured
+    watts: float | None = None
 
     def window_ns(self, rows: Rows) -> int:
         """From T0 to the last response of the run: the honest window, in which every counted token was made."""
@@ -121,7 +123,8 @@ class Metric:
     """One line of the table: `unit` "ns" is a distribution over rows, everything else one number for the run.
 
     `family` is `llm` or `video` where only such runs have it. `of_responses` marks a formula that reads chunks: it is
-    given one batch of rows after the other.
+    given one batch of rows after the other. `of_power` marks one that needs telemetry: a run without it lacks the line.
+    `live` says what a running test shows Prometheus of it: "histogram", "counter" or "" (nothing).
     """
 
     name: str
@@ -132,32 +135,34 @@ class Metric:
     formula: Callable[[Rows, Context], Values]
     family: str = ""
     of_responses: bool = False
+    of_power: bool = False
+    live: str = ""
 
 
 METRICS: tuple[Metric, ...] = (
     Metric("ttft_ns", "TTFT", "ns", "lower", "time to first token: first response with a token − due",
-           lambda r, c: ttft(r), "llm"),
+           lambda r, c: ttft(r), "llm", live="histogram"),
     Metric("tpot_ns", "TPOT", "ns", "lower", "time per output token: (done − first) / (output tokens − 1), per request",
-           lambda r, c: tpot(r), "llm"),
+           lambda r, c: tpot(r), "llm", live="histogram"),
     Metric("itl_ns", "ITL", "ns", "lower",
            "inter-token latency: gaps between consecutive responses, pooled; a response may carry several tokens",
-           lambda r, c: gaps(r), "llm"),
+           lambda r, c: gaps(r), "llm", live="histogram"),
     Metric("start_ns", "Start", "ns", "lower", "first response, sent after text encoding, − due; queueing counts",
-           lambda r, c: ttft(r), "video"),
+           lambda r, c: ttft(r), "video", live="histogram"),
     Metric("step_ns", "Step", "ns", "lower", "s/step: gap from one denoising step's response to the next, pooled",
-           lambda r, c: clips.step_gaps(r), "video", True),
+           lambda r, c: clips.step_gaps(r), "video", True, live="histogram"),
     Metric("denoise_ns", "Denoise", "ns", "lower", "all denoising steps of a video",
            lambda r, c: clips.denoise(r), "video", True),
     Metric("decode_ns", "Decode", "ns", "lower", "last step − the video: VAE decoding, making and sending the answer",
            lambda r, c: clips.decode(r), "video", True),
     Metric("e2e_ns", "E2E", "ns", "lower", "end-to-end latency: done − due",
-           lambda r, c: (r.done_ns - r.due_ns)[r.ok]),
+           lambda r, c: (r.done_ns - r.due_ns)[r.ok], live="histogram"),
     Metric("query_ns", "Query", "ns", "lower", "query latency: end of the query's last sample − due",
            lambda r, c: query_latency(r)),
     Metric("ttft_sent_ns", "TTFT from send", "ns", "lower", "first response with a token − send; hides client delay",
-           lambda r, c: (r.first_ns - r.sent_ns)[_answered(r)], "llm"),
+           lambda r, c: (r.first_ns - r.sent_ns)[_answered(r)], "llm", live="histogram"),
     Metric("e2e_sent_ns", "E2E from send", "ns", "lower", "done − send; hides client delay",
-           lambda r, c: (r.done_ns - r.sent_ns)[r.ok]),
+           lambda r, c: (r.done_ns - r.sent_ns)[r.ok], live="histogram"),
     Metric("qps", "QPS", "1/s", "higher", "completed requests / time from T0 to the last response",
            lambda r, c: _rate(int(r.ok.sum()), c.window_ns(r))),
     Metric("tokens_per_s", "tokens/s", "tokens/s", "higher",
@@ -184,17 +189,26 @@ METRICS: tuple[Metric, ...] = (
     Metric("completed", "completed", "requests", "higher", "rows with outcome ok", lambda r, c: int(r.ok.sum())),
     Metric("failed", "failed", "requests", "lower", "rows with any other outcome", lambda r, c: int((~r.ok).sum())),
     Metric("tokens_in", "tokens in", "tokens", "", "prompt tokens of completed requests, by the server's count",
-           lambda r, c: int(r.tokens_in[r.ok & (r.tokens_in != NEVER)].sum())),
+           lambda r, c: int(r.tokens_in[r.ok & (r.tokens_in != NEVER)].sum()), live="counter"),
     Metric("tokens_out", "tokens out", "tokens", "higher",
            "output tokens of completed requests, by the server's count",
-           lambda r, c: int(r.tokens_out[r.ok].sum()), "llm"),
+           lambda r, c: int(r.tokens_out[r.ok].sum()), "llm", live="counter"),
     Metric("frames_out", "frames", "frames", "higher", "frames of completed videos, by the server's count",
-           lambda r, c: int(r.tokens_out[r.ok].sum()), "video"),
+           lambda r, c: int(r.tokens_out[r.ok].sum()), "video", live="counter"),
     Metric("steps", "steps", "steps", "", "denoising steps of completed videos",
-           lambda r, c: clips.steps(r), "video", True),
+           lambda r, c: clips.steps(r), "video", True, live="counter"),
     Metric("tokens_per_response", "tokens/response", "tokens", "",
            "mean tokens in a response; 1 means that ITL is a true inter-token gap",
            lambda r, c: float(r.chunk_tokens.mean()) if len(r.chunk_tokens) else None, "llm"),
+    Metric("energy_joules", "energy", "J", "lower",
+           "energy of the GPUs in use (else the CPU packages) from T0 to the last response",
+           lambda r, c: c.joules, of_power=True),
+    Metric("mean_power_watts", "mean power", "W", "lower", "the same energy / that time, summed over devices",
+           lambda r, c: c.watts, of_power=True),
+    Metric("tokens_per_joule", "tokens/J", "tokens/J", "higher", "output tokens of completed requests / energy",
+           lambda r, c: int(r.tokens_out[r.ok].sum()) / c.joules if c.joules else None, "llm", of_power=True),
+    Metric("joules_per_video", "J/video", "J", "lower", "energy / completed videos",
+           lambda r, c: c.joules / int(r.ok.sum()) if c.joules and r.ok.any() else None, "video", of_power=True),
     Metric("peak_in_flight", "peak in flight", "requests", "", "most requests between send and done",
            lambda r, c: peak_in_flight(r)),
 )  # fmt: skip
@@ -207,7 +221,7 @@ def summarise(batches: Iterable[Rows], scenario: Scenario) -> tuple[Summary, Row
     """
     histogram, counts = GapHistogram(), np.zeros(2, dtype=np.int64)  # tokens, and responses that carried them
     context = Context(scenario.kind, scenario.limits)
-    metrics = metrics_of({scenario.family})
+    metrics = [m for m in metrics_of({scenario.family}) if not m.of_power]
     folded: dict[str, list[Any]] = {m.name: [] for m in metrics if m.of_responses}
 
     def measured() -> Iterator[Rows]:
@@ -249,6 +263,12 @@ def summarise(batches: Iterable[Rows], scenario: Scenario) -> tuple[Summary, Row
 def metrics_of(families: set[str]) -> list[Metric]:
     """The lines of the table that runs of these families (`llm`, `video`) have."""
     return [m for m in METRICS if not m.family or m.family in families]
+
+
+def power_figures(rows: Rows, scenario: Scenario, joules: float, watts: float) -> Summary:
+    """The lines of the table that telemetry makes possible, for measured `rows`."""
+    context = Context(scenario.kind, scenario.limits, joules, watts)
+    return {m.name: m.formula(rows, context) for m in metrics_of({scenario.family}) if m.of_power}
 
 
 def _described(metric: Metric, rows: Rows, values: Int64) -> Summary:

@@ -103,7 +103,7 @@ def test_local_folder(repository, tmp_path):
         ({"backend": "abacus"}, "no backend 'abacus'"),
         ({"weights": "/nowhere"}, "no config.json there"),
         ({"weights": "hub"}, "not on the hub"),
-        ({"precision": "fp8"}, "choose one of: fp32, bf16"),
+        ({"precision": "nvfp4"}, "choose one of: fp32, bf16, fp8, int8"),
         ({"name": "../up"}, "bad model name"),
         ({"seed": -1}, "out of range"),
         ({"device": "tpu"}, "unknown device"),

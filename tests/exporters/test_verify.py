@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -10,6 +12,7 @@ from click.testing import CliRunner
 from exporters import cli as cli_module
 from exporters.errors import UserError
 from exporters.export import export_model
+from exporters.server import TritonServer
 from exporters.verify import TOLERANCES, Outcome, compare, read_reference, verify_export
 
 
@@ -128,16 +131,14 @@ def test_every_precision_agrees(tmp_path, name, precision):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-3-70b-tiny", "phi-3.5-moe-tiny"])
 def test_a_load_test_of_the_real_server(tmp_path, name):
-    """Export, serve, load with the real Locust, seal; the verdict may be INVALID on a slow machine, the answers not."""
-    import tritonmark
-    from exporters.server import TritonServer
-
+    """Export, serve, load with the real Locust, seal. A busy machine may make it INVALID; tokens are counted anyway."""
     export_model(name, out=tmp_path / "models")
     with TritonServer(tmp_path / "models", ready_timeout_s=120) as server:
-        arguments = ["run", "single_stream", "--model", name, "--host", server.http_url, "--preset", "smoke",
-                     "--results", str(tmp_path / "results")]  # fmt: skip
-        result = CliRunner().invoke(tritonmark.cli, arguments)
-    assert result.exit_code in (0, 3), result.output
+        command = [sys.executable, "-m", "tritonmark", "run", "single_stream", "--model", name, "--host", server.http_url,
+                   "--run-time", "3s", "--results", str(tmp_path / "results")]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode in (0, 3), done.stdout + done.stderr
     (document,) = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("run.json")]
-    assert document["summary"]["tokens_per_second"] > 0 if "tokens_per_second" in document["summary"] else True
-    assert document["summary"]["failed"] == 0 if "failed" in document["summary"] else True
+    assert document["model"] == name and document["weights"] == "synthetic"
+    summary = document["summary"]
+    assert summary["failed"] == 0 and summary["tokens_out"] == 64 * summary["completed"] > 0

@@ -129,9 +129,8 @@ def test_memory_is_counted_before_it_is_taken(modules, drawn, name, precision):
 def test_rows_are_scaled_apart(modules, storage):
     weight = torch.randn(3, 64) * torch.tensor([[1e-3], [1.0], [0.0]])
     held, scale = modules.quantised.quantise(weight, storage)
-    back = held.float() * scale
-    assert (back - weight).abs().amax(1)[0] < 4e-5 * weight[0].abs().max() * 1000 and back[2].abs().max() == 0
-    assert ((back - weight).abs().amax(1)[:2] / weight.abs().amax(1)[:2]).max() < 0.04
+    error, largest = (held.float() * scale - weight).abs().amax(1), weight.abs().amax(1)
+    assert (error[:2] / largest[:2]).max() < 0.04 and error[2] == 0  # small rows are as exact as large ones
 
 
 def test_short_rotary_is_transformers_own(modules, drawn):
