@@ -83,7 +83,7 @@ def run_bench(
         export_model(model, backend, weights, repository)
     step(console, "serve with tritonserver")
     with TritonServer(repository, models=[model], log_path=results_log(results)) as server:
-        common = {"host": server.http_url, "model": model, "preset": preset}
+        common = {"host": server.http_url, "model": model, "preset": preset, "server_metrics": server.metrics_url}
         step(console, "warm up and calibrate: 16 requests in flight")
         ceiling = launch(arguments(common | CALIBRATION | {"preset": "smoke", "results": scratch}), console)
         capacity = calibrated(ceiling.run)

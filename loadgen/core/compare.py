@@ -4,7 +4,7 @@ A *fingerprint* is what a run was: facts that runs must share (`MUST`), facts th
 facts that may matter and are named when they differ (`NOTES`). A *cell* is all runs with the same axes: its repeats.
 
 Intervals are for the ratio, at 95 %, made on logarithms with Student's t and Welch's degrees of freedom. Where both
-sides have repeats, the scatter between repeats is the uncertainty: it contains the scatter inside a run. A side with one
+sides have repeats, the scatter between repeats is the uncertainty: it contains the scatter inside a run. A side of one
 run borrows the other's scatter; two single runs have only what `bootstrap.py` sees inside a run, and are marked so.
 """
 
@@ -22,7 +22,7 @@ from loadgen.core.bootstrap import Estimate
 CONFIDENCE = 0.95
 MARGIN = 1.03  # on half-widths: estimated variances are a little too small, and 1 must not be excluded by that
 
-AXES = ("hardware", "gpus", "backend", "precision", "tp")
+AXES = ("hardware", "backend", "precision", "tp")
 MUST = ("weights", "prompts", "input tokens", "output tokens", "seeds", "limits", "arrivals", "duration", "in flight",
         "sample order", "clip", "preset", "salt")  # fmt: skip
 NOTES = ("server", "driver", "power limit", "clocks", "client", "client host", "tool versions", "workers")

@@ -44,6 +44,11 @@ class LlmFacts:
         touched: float = 1 - (1 - self.experts_per_token / self.experts) ** tokens
         return self.read_parameters + self.expert_parameters * touched
 
+    @property
+    def head_parameters(self) -> int:
+        """The output layer, as large as the input embedding."""
+        return self.parameters - self.read_parameters - self.expert_parameters
+
     def token_flops(self, context: float) -> float:
         """Operations of one token: 2 for each active weight, and attention over its context."""
         active = self.read_parameters + self.expert_parameters * self.experts_per_token / max(self.experts, 1)
@@ -101,8 +106,9 @@ def decode_step(
 
 
 def prefill(facts: LlmFacts, machine: Machine, tokens: float, weight_bytes: float) -> Limit:
-    """All tokens of one prompt; the mean context of causal attention is half of it."""
-    return limit(facts.weights_read(tokens) * weight_bytes, tokens * facts.token_flops(tokens / 2), machine)
+    """All tokens of one prompt: the mean context of causal attention is half of it, and only one token needs logits."""
+    flops = tokens * facts.token_flops(tokens / 2) - 2 * (tokens - 1) * facts.head_parameters
+    return limit(facts.weights_read(tokens) * weight_bytes, flops, machine)
 
 
 def denoising_step(

@@ -35,6 +35,9 @@ from loadgen.edge.clients.dialects import NATIVE
 from loadgen.edge.clips import write_clips
 from loadgen.edge.comparison import assess
 from loadgen.edge.errors import UserError
+from loadgen.edge.live import Live
+from loadgen.edge.live_names import run_labels
+from loadgen.edge.telemetry import Telemetry
 from loadgen.edge.worker import due_times
 
 LEAD_S = 0.5  # from the announcement of T0 to T0: long enough for the message to arrive
@@ -59,6 +62,8 @@ class Conductor:
         send: Callable[[str, dict[str, Any], int], None],
         alive: Callable[[int], bool],
         progress: Callable[[dict[str, Any]], None],
+        live: Live | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.scenario, self.workers, self.send, self.alive, self.progress = scenario, workers, send, alive, progress
         self.scheduled = len(due_times(scenario))
@@ -74,6 +79,9 @@ class Conductor:
         }
         start = self.document | {"scenario": scenario.to_json(), "scheduled": self.scheduled, "workers": workers}
         self.writer = store.RunWriter(folder, start)
+        self.live, self.telemetry = live, telemetry
+        if live:
+            live.begin(self.document, scenario, self.scheduled, workers, folder)
         self.answers = AnswerWriter(folder) if scenario.keep_outputs else None
         self.ready: set[int] = set()
         self.ends: dict[int, dict[str, Any]] = {}
@@ -92,18 +100,29 @@ class Conductor:
         """Drives the run to its sealed end. Blocks this greenlet; never raises for anything the run can do."""
         try:
             self.progress({"phase": "start", "folder": str(self.writer.folder)})
+            if self.telemetry:
+                self.telemetry.start(self.writer.folder)
             for worker in range(self.workers):
                 plan = {"scenario": self.scenario.to_json(), "host": host, "model": model, "worker": worker}
                 plan |= {"workers": self.workers, "tag": self.writer.folder.name}
+                plan |= {"labels": run_labels(self.document, self.scenario.name)}
                 self.send("begin", plan | {"dialect": self.document.get("dialect", NATIVE)}, worker)
             self._wait(lambda: self.ready | set(self.ends))
+            if self.telemetry:
+                self.telemetry.before()
             t0 = time.time_ns() + round(LEAD_S * 1e9)
             self.document["t0_wall_ns"] = t0
+            if self.telemetry:
+                self.telemetry.mark(t0)
             for worker in self.ready:
                 self.send("go", {"t0_wall_ns": t0}, worker)
             self.phase, self.started = "measure", time.monotonic() + LEAD_S
             self._wait(lambda: set(self.ends))
+            if self.telemetry:
+                self.telemetry.after()
         finally:
+            if self.telemetry:
+                self.telemetry.stop()
             self._seal()
 
     def cut(self, why: str) -> None:
@@ -142,7 +161,10 @@ class Conductor:
         rows = store.to_rows(pa.Table.from_batches([batch]))
         self.done += int(rows.measured.sum())
         self.failed += int((rows.measured & ~rows.ok).sum())
-        self.recent.append((time.monotonic(), select(rows, rows.measured)))
+        measured = select(rows, rows.measured)
+        self.recent.append((time.monotonic(), measured))
+        if self.live:
+            self.live.observe(measured)
 
     def _wait(self, arrived: Callable[[], set[int]]) -> None:
         """Until every worker has arrived or is lost, or a cut has had its grace; reports progress meanwhile."""

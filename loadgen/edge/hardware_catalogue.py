@@ -129,8 +129,8 @@ def of_run(document: Mapping[str, Any]) -> Hardware:
     used = max(1, int((document.get("exported") or {}).get("tp") or 1))
     measured = hardware.get("measured") or {}
     if gpus:
-        kinds = {recognise(g.get("name", ""), g.get("memory_mib")) for g in gpus}
-        known = kinds.pop() if len(kinds) == 1 else None
+        found = [recognise(g.get("name", ""), g.get("memory_mib")) for g in gpus]
+        known = found[0] if all(g == found[0] for g in found) else None
         return Hardware(label, known, min(used, len(gpus)), measured)
     return Hardware(label, of_label(label), used, measured)
 
@@ -177,5 +177,6 @@ def markdown() -> str:
         peaks = [f"{g.peaks[p]:g}" if p in g.peaks else "–" for p in PEAKS]
         power = "–" if g.power_w is None else f"{g.power_w:g}"
         rows.append([f"`{g.key}`", g.name, g.generation, g.date, f"{g.memory_gib:g} GB {g.memory}",
-                     f"{g.bandwidth_gbs:g}", *peaks, power, f"{g.capability:.1f}", ", ".join(g.unverified) or ""])  # fmt: skip
+                     f"{g.bandwidth_gbs:g}", *peaks, power, f"{g.capability:.1f}",
+                     ", ".join(g.unverified)])  # fmt: skip
     return "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])

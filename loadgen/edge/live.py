@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ TARGETS = Path(".prometheus", "targets")  # inside the results folder
 START_S = 20.0
 LINGER_S = 15.0  # at most so long a finished test waits for its last scrape
 SCRAPER_GONE_S = 35.0  # who has not asked for so long is not waited for
+PAGE_S = 5.0
 RATE_S = 5.0
 PHASES = ("warmup", "measure", "drain", "seal", "sealed")
 
@@ -54,7 +56,7 @@ class Endpoint:
         command = [sys.executable, "-m", "loadgen.edge.live_server", str(theirs.fileno()), str(port), bind]
         self._process = subprocess.Popen(
             command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True, env=_environment(),
+            stderr=subprocess.DEVNULL, start_new_session=True, env=environment(),
         )  # fmt: skip
         theirs.close()
         self._socket = ours
@@ -138,11 +140,13 @@ class Live:
         """Values of RUN_LABELS of the run that is shown."""
         return self._run.labels if self._run else None
 
-    def worker_ready(self, worker: int, address: str | None) -> None:
-        """A worker tells where its own endpoint is."""
-        if self.endpoint and address and address != self.address and self._workers.get(worker) != address:
-            self._workers[worker] = address
-            self._write_targets()
+    def worker_ready(self, worker: int, address: str | None) -> bool:
+        """A worker tells where its own endpoint is; True where that is news."""
+        if not self.endpoint or not address or address in (self.address, self._workers.get(worker)):
+            return False
+        self._workers[worker] = address
+        self._write_targets()
+        return True
 
     def observe(self, rows: Rows) -> None:
         """Measured rows arrived."""
@@ -165,6 +169,16 @@ class Live:
         """Shows something else beside the run, such as telemetry."""
         if self.endpoint:
             self.endpoint.publish(part, families)
+
+    def page(self) -> Any:
+        """The endpoint's page for the web UI's own port, as Flask takes it. Only this greenlet waits for it."""
+        if not self.endpoint:
+            return "metrics are off\n", 404
+        try:
+            with urllib.request.urlopen(f"http://{self.endpoint.address}/metrics", timeout=PAGE_S) as answer:
+                return answer.read(), 200, {"Content-Type": answer.headers["Content-Type"]}
+        except OSError as error:
+            return f"the metrics endpoint did not answer: {error}\n", 503
 
     def linger(self) -> None:
         """Waits for the last scrape of a finished run, if anybody scrapes; at most LINGER_S."""
@@ -247,7 +261,7 @@ class LiveRun:
         ]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, with the project importable: Locust's own folder stands first on the path of this process, not of that."""
     root = str(Path(__file__).parents[2])
     return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}

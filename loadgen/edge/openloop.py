@@ -35,10 +35,13 @@ from loadgen.edge.clients.dialects import dialect_of
 from loadgen.edge.clients.triton_http import probe
 from loadgen.edge.conductor import Conductor
 from loadgen.edge.errors import UserError
+from loadgen.edge.live import Live
+from loadgen.edge.live_worker import WorkerHealth
 from loadgen.edge.mlperf_log import write_logs
 from loadgen.edge.options import OPTIONS, PROGRESS_FD
 from loadgen.edge.samples import PromptLibrary
 from loadgen.edge.store import return_freed_memory
+from loadgen.edge.telemetry import Settings, Telemetry
 from loadgen.edge.worker import LoadWorker
 
 log = logging.getLogger("tritonmark")
@@ -69,11 +72,16 @@ def add_options(parser: LocustArgumentParser, **_: Any) -> None:
 def connect(environment: Environment, **_: Any) -> None:
     """Registers messages and events once the runner exists. Headless, bad input ends here with exit code 2."""
     claim_resources()
+    try:
+        live = open_live(environment)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
     if not isinstance(environment.runner, MasterRunner):
-        Worker(environment)
+        Worker(environment, live)
     if isinstance(environment.runner, WorkerRunner):
         return
-    control = Control(environment)
+    control = Control(environment, live)
     if environment.parsed_options.headless:
         # Locust's own timer would stop the test while answers are still due, and its stop() walks the whole call
         # stack: 100 ms in which no arrival is stamped. The run ends itself.
@@ -83,6 +91,23 @@ def connect(environment: Environment, **_: Any) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+
+
+def open_live(environment: Environment) -> Live:
+    """This process's scrape endpoint, also under /metrics of the web UI. Raises UserError."""
+    options, runner = environment.parsed_options, environment.runner
+    telemetry_settings(options).check()
+    role = {MasterRunner: "master", WorkerRunner: "worker"}.get(type(runner), "local")
+    live = Live(options.metrics_port, options.metrics_bind, Path(options.results), role)
+    environment.events.quitting.add_listener(lambda **_: live.close())
+    if environment.web_ui:
+        environment.web_ui.app.add_url_rule("/metrics", "tritonmark_metrics", live.page)
+    return live
+
+
+def telemetry_settings(options: Namespace) -> Settings:
+    """The options of telemetry."""
+    return Settings(options.telemetry, options.telemetry_hz, options.telemetry_gpus, options.server_metrics)
 
 
 def claim_resources() -> None:
@@ -101,9 +126,10 @@ def claim_resources() -> None:
 class Worker:
     """Runs `LoadWorker`s for whoever conducts, in this process."""
 
-    def __init__(self, environment: Environment) -> None:
-        self.environment, self.runner = environment, environment.runner
+    def __init__(self, environment: Environment, live: Live) -> None:
+        self.environment, self.runner, self.live = environment, environment.runner, live
         self.load: LoadWorker | None = None
+        self.health: WorkerHealth | None = None
         self.greenlet: gevent.Greenlet | None = None
         for kind in ("begin", "go", "stop"):
             self.runner.register_message(f"tritonmark_{kind}", getattr(self, kind))
@@ -115,6 +141,7 @@ class Worker:
         except UserError as error:
             self.send("end", {"worker": msg.data["worker"], "ended": str(error), "dispatched": 0, **_silent(msg.data)})
             return
+        self.health = WorkerHealth(self.live, self.load, tuple(msg.data["labels"]))
         self.greenlet = gevent.spawn(self.load.run)
 
     def go(self, msg: Any, **_: Any) -> None:
@@ -127,6 +154,10 @@ class Worker:
             self.greenlet.kill(timeout=5)
 
     def send(self, kind: str, data: dict[str, Any]) -> None:
+        if kind == "ready":
+            data |= {"metrics": self.live.address}
+        elif kind == "end" and self.health:
+            self.health.stop()
         self.runner.send_message(f"tritonmark_{kind}", data)
 
     def fire(self, record: Record) -> None:
@@ -148,8 +179,8 @@ class Worker:
 class Control:
     """Starts a `Conductor` for every test Locust starts, and ends Locust's test when the run is sealed."""
 
-    def __init__(self, environment: Environment) -> None:
-        self.environment, self.runner = environment, environment.runner
+    def __init__(self, environment: Environment, live: Live) -> None:
+        self.environment, self.runner, self.live = environment, environment.runner, live
         self.conductor: Conductor | None = None
         self.finished: gevent.Greenlet | None = None
         self.run_time: float | None = None  # headless; in the web UI it comes with the form
@@ -215,6 +246,7 @@ class Control:
         except Exception:
             log.exception("a bug in tritonmark")
         finally:
+            self.live.linger()
             gevent.spawn(self.runner.quit if self.environment.parsed_options.headless else self.runner.stop)
 
     def make_conductor(self) -> Conductor:
@@ -229,14 +261,20 @@ class Control:
             node = self.runner.clients.get(nodes[worker]) if nodes else True
             return node is True or (node is not None and node.state != STATE_MISSING)
 
+        if self.live.address:
+            self.progress({"metrics": f"http://{self.live.address}/metrics ({self.live.role})"})
         print(f"tritonmark: {scenario.name}, preset {scenario.preset}, overrides {document['overrides']}", flush=True)
+        options = self.environment.parsed_options
+        telemetry = Telemetry(telemetry_settings(options), self.environment.host, options.model, self.live)
         return Conductor(
-            scenario, document, results, workers=max(1, len(nodes)), send=send, alive=alive, progress=self.progress
-        )
+            scenario, document, results, workers=max(1, len(nodes)), send=send, alive=alive, progress=self.progress,
+            live=self.live, telemetry=telemetry,
+        )  # fmt: skip
 
     def publish(self) -> int:
         """Tells where the run is and what it came to; returns the exit code: 0 VALID, 3 INVALID."""
         run = self.conductor.run
+        self.live.sealed(run.valid)
         try:
             if run.scenario.keep_outputs:
                 comparison.write_files(run)
@@ -253,6 +291,8 @@ class Control:
         return 0 if run.valid else 3
 
     def progress(self, snapshot: dict[str, Any]) -> None:
+        if self.conductor:
+            self.live.progress(snapshot, self.conductor.document.get("t0_wall_ns"), len(self.conductor.lost))
         if self.progress_file:
             try:
                 print(json.dumps(snapshot), file=self.progress_file)
@@ -276,6 +316,8 @@ class Control:
             self.finished.join(timeout=60)
 
     def on_ready(self, msg: Any, **_: Any) -> None:
+        if self.live.worker_ready(msg.data["worker"], msg.data.get("metrics")):
+            self.progress({"metrics": f"http://{msg.data['metrics']}/metrics (worker {msg.data['worker']})"})
         self.deliver("ready", msg)
 
     def on_rows(self, msg: Any, **_: Any) -> None:

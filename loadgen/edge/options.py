@@ -72,4 +72,13 @@ OPTIONS: tuple[Option, ...] = (
            override="min_agreement"),
     Option("--results", "folder for sealed runs", default="results"),
     Option("--hardware", "label of the server's hardware (default: probed where the server is local)"),
+    Option("--metrics-port", "Prometheus metrics of each load process: auto (first free from 9464), a port or off",
+           default="auto"),
+    Option("--metrics-bind", "address that metrics are served on; 0.0.0.0 for scrapers elsewhere", default="127.0.0.1"),
+    Option("--telemetry", "power and clocks: auto, nvml, off, or the URL of a DCGM exporter's or Triton's metrics",
+           default="auto"),
+    Option("--telemetry-hz", "samples per second of NVML and host", float, default=5.0),
+    Option("--telemetry-gpus", "GPUs whose energy counts, such as 0,1 (default: those that worked during the run)"),
+    Option("--server-metrics", "Triton's metrics page: auto (port 8002, or HTTP port + 2), a URL or off",
+           default="auto"),
 )  # fmt: skip

@@ -24,22 +24,24 @@ def watch(lines: Iterable[str], console: Console) -> None:
     """Shows progress until `lines` end."""
     if console.is_terminal:
         with Live(console=console, transient=True, auto_refresh=False) as live:
-            for state in _states(lines):
+            for state in _states(lines, console):
                 live.update(_draw(state), refresh=True)
     else:
         last = 0.0
-        for state in _states(lines):
+        for state in _states(lines, console):
             if time.monotonic() - last >= PLAIN_EVERY_S:
                 console.print(plain(state), highlight=False, markup=False, soft_wrap=True)
                 last = time.monotonic()
 
 
-def _states(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+def _states(lines: Iterable[str], console: Console) -> Iterable[dict[str, Any]]:
     for line in lines:
         try:
             state = json.loads(line)
         except ValueError:
             continue
+        if isinstance(state, dict) and state.get("metrics"):
+            console.print(f"metrics for Prometheus on {state['metrics']}", highlight=False, markup=False, soft_wrap=True)
         if isinstance(state, dict) and isinstance(state.get("elapsed_s"), int | float):
             yield state
 

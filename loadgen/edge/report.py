@@ -14,8 +14,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from loadgen.edge import report_data
+from loadgen.edge import physics, report_data
 from loadgen.edge.report_data import Row, Section, as_json
+from loadgen.edge.report_telemetry import lines as telemetry_lines
 from loadgen.edge.report_video import clip_lines
 from loadgen.edge.store import Run
 
@@ -113,7 +114,7 @@ def _verdict(run: Run, console: Console, named: bool) -> None:
         headline = Text.assemble((report_data.facts(run)["scenario"] + ": ", "bold"), headline)
     console.print()
     console.print(headline)
-    for line in (*report_data.accuracy(run), *clip_lines(run)):
+    for line in (*report_data.accuracy(run), *clip_lines(run), *physics.lines(run), *telemetry_lines(run)):
         console.print(Padding(Text(line), (0, 0, 0, 2)))
     for key, title in REMARKS:
         # Beside others a run's headline is enough to say what it lacks; alone it gets the advice too.
@@ -149,7 +150,7 @@ def markdown(runs: Sequence[Run]) -> str:
 def _md_verdict(run: Run) -> list[str]:
     verdict = run.document["verdict"]
     out = [f"**{_md(report_data.facts(run)['scenario'])}: {_md(verdict['headline'])}**", ""]
-    out += [f"- {_md(line)}" for line in (*report_data.accuracy(run), *clip_lines(run))]
+    out += [f"- {_md(line)}" for line in (*report_data.accuracy(run), *clip_lines(run), *physics.lines(run), *telemetry_lines(run))]
     for key, title in REMARKS:
         for r in verdict.get(key) or ():
             code, seen, limit, advice = (_md(r[k]) for k in ("code", "seen", "limit", "advice"))

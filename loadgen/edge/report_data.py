@@ -21,6 +21,7 @@ from loadgen.core.metrics import METRICS, Metric, metrics_of, percentile_name
 from loadgen.core.record import Outcome, Phase
 from loadgen.core.scenario import Kind
 from loadgen.core.verdict import limited
+from loadgen.edge import physics
 from loadgen.edge.store import Run
 
 MISSING, FAILED = "–", "failed"
@@ -72,6 +73,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     of_queries = any(r.scenario.samples_per_query > 1 for r in runs)  # elsewhere a query is a request
     known = metrics_of({r.scenario.family for r in runs})
     metrics = [m for m in known if of_queries or m.name not in ("query_ns", "queries")]
+    metrics = [m for m in metrics if not m.of_power]
     distributions = [m for m in metrics if m.unit == "ns"]
     rates = [m for m in metrics if (m.unit in RATES or m.name in RATES) and _worth_showing(m, runs)]
     counts = [m for m in metrics if m.unit != "ns" and m.unit not in RATES and m.name not in RATES]
@@ -79,11 +81,14 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     from_due = [m for m in distributions if m not in from_send]
     due = "the clock starts when the schedule wanted the request sent: waiting in client or server counts"
     send = "the clock starts when the bytes left: flatters a late client; for comparison only"
+    from loadgen.edge.report_telemetry import sections as telemetry  # that file builds on this one
+
     return [
         Section("Latency from due time", due, shown, tuple(_distribution(m, runs, shown) for m in from_due)),
         Section("Latency from send time", send, shown, tuple(_distribution(m, runs, shown) for m in from_send)),
-        Section("Throughput", "over the time from T0 to the last response", (), tuple(_value(m, runs) for m in rates)),
-        Section("Requests", "measured rows; warm-up is left out", (), tuple(_value(m, runs) for m in counts)),
+        Section("Throughput", "over the time from T0 to the last response", (), _values(rates, runs)),
+        Section("Requests", "measured rows; warm-up is left out", (), _values(counts, runs)),
+        *telemetry(runs),
         Section("Client self-audit", "what the load generator says of itself; worst worker", (), audit_rows(runs)),
     ]
 
@@ -119,8 +124,13 @@ def _latency(seen: dict[str, Any], name: str, scale: float) -> str:
     return FAILED if seen[name] is None else number(seen[name] / scale)
 
 
-def _value(metric: Metric, runs: Sequence[Run]) -> Row:
-    unit = {"1/s": " /s", "ratio": " %", "s": " s"}.get(metric.unit, "")
+def _values(metrics: Sequence[Metric], runs: Sequence[Run]) -> tuple[Row, ...]:
+    return tuple(value_row(m, runs) for m in metrics)
+
+
+def value_row(metric: Metric, runs: Sequence[Run]) -> Row:
+    """The line of a metric that is one number for a run."""
+    unit = {"1/s": " /s", "ratio": " %", "s": " s", "J": " J", "W": " W"}.get(metric.unit, "")
     cells, intervals = [], []
     for run in runs:
         value = run.summary.get(metric.name)
@@ -273,7 +283,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
         "metrics": [{"name": m.name, "label": m.label, "unit": m.unit, "better": m.better, "help": m.help}
                     for m in METRICS],
         "runs": [
-            {"folder": str(r.folder), "facts": facts(r), "document": r.document,
+            {"folder": str(r.folder), "facts": facts(r), "document": r.document, "roofline": physics.as_json(r),
              "errors": [{"error": text, "count": count} for text, count in errors(r)]}
             for r in runs
         ],

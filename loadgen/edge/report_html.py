@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 from loadgen.core.metrics import METRICS, metrics_of
-from loadgen.edge import report_data
+from loadgen.edge import physics, report_data, report_telemetry
 from loadgen.edge.report_data import FAILED, Row, Section
 from loadgen.edge.report_plots import COLOURS, distributions, over_time
 from loadgen.edge.report_series import series
@@ -24,7 +24,7 @@ from loadgen.edge.report_video import clips_section
 from loadgen.edge.store import Run
 
 KEY_FIGURES = ("ttft_ns", "tpot_ns", "step_ns", "e2e_ns", "tokens_per_s", "frames_per_s", "seconds_per_video",
-               "goodput_qps", "failed")  # fmt: skip
+               "goodput_qps", "tokens_per_joule", "failed")  # fmt: skip
 WHY = (("reasons", "Why it is INVALID"), ("cautions", "Cautions"))
 LACKING = (("lacking", "Lacking for MLPerf length"),)
 
@@ -34,9 +34,11 @@ def html(runs: Sequence[Run]) -> str:
     found = [series(r) for r in runs]
     figures = {"distributions": distributions(runs, found)}
     figures |= {f"time{i}": over_time(r, i, s) for i, (r, s) in enumerate(zip(runs, found, strict=True))}
-    scripts = [_plotly(), _asset("report.js")]
+    figures |= {f"power{i}": report_telemetry.panel(r, i, s.end_s)
+                for i, (r, s) in enumerate(zip(runs, found, strict=True)) if report_telemetry.has_panel(r)}  # fmt: skip
     title = report_data.shared(runs)[0]
-    over_time_sections = [_run_section(r, i, s.by) for i, (r, s) in enumerate(zip(runs, found, strict=True))]
+    over_time_sections = [_run_section(r, i, s.by) + report_telemetry.section(r, i)
+                          for i, (r, s) in enumerate(zip(runs, found, strict=True))]  # fmt: skip
     plots_and_table = [_distribution_section(runs), _table(runs), *over_time_sections]
     if len(runs) == 1:  # its table is long and its key figures stand above, so plots come first
         plots_and_table = [plots_and_table[0], *over_time_sections, plots_and_table[1]]
@@ -46,18 +48,24 @@ def html(runs: Sequence[Run]) -> str:
         _findings(runs, WHY),
         *(clips_section(r, f"{_name(r, runs)}: " if len(runs) > 1 else "") for r in runs),
         *plots_and_table,
+        _roofline(runs),
         _findings(runs, LACKING),
         _how_to_read({r.scenario.family for r in runs}),
         _footer(runs),
-        f'<script type="application/json" id="figures">{_json(figures)}</script>',
-        *(f"<script>{s}</script>" for s in scripts),
     ]
+    return page(title, body, figures)
+
+
+def page(title: str, body: Sequence[str], figures: dict[str, Any]) -> str:
+    """A self-contained page of escaped HTML parts, and of figures (by element id) that report.js draws."""
+    scripts = [_plotly(), _asset("report.js")]
+    data = f'<script type="application/json" id="figures">{_json(figures)}</script>'
     return "\n".join([
         "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)} – Tritonmark</title>", f"<style>{_asset('report.css')}</style>",
-        *body, "</html>", "",
+        *body, data, *(f"<script>{s}</script>" for s in scripts), "</html>", "",
     ])  # fmt: skip
 
 
@@ -204,6 +212,14 @@ def _remarks(title: str, reasons: list[dict[str, Any]]) -> str:
     rows = ("".join(f"<td>{escape(str(r[k]))}</td>" for k in ("code", "seen", "limit", "advice")) for r in reasons)
     return (f'<h2>{title}</h2><table class="reasons"><tr><th>code</th><th>seen</th><th>needs</th><th>what to do</th>'
             f"</tr>{''.join(f'<tr>{r}</tr>' for r in rows)}</table>")  # fmt: skip
+
+
+def _roofline(runs: Sequence[Run]) -> str:
+    """What the hardware would allow, beside what was measured; nothing where no limit is known."""
+    several = len(runs) > 1
+    found = [(f"{_name(r, runs)}: " if several else "") + escape(line) for r in runs for line in physics.lines(r)]
+    items = "".join(f"<p>{line}</p>" for line in found)
+    return f"<h2>Roofline <small>what the hardware would allow</small></h2>{items}" if found else ""
 
 
 def _how_to_read(families: set[str]) -> str:

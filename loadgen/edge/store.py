@@ -32,11 +32,13 @@ from loadgen.core.record import NEVER, OUTCOMES, SCHEMA, SCHEMA_VERSION, Phase, 
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import Audit, judge
 from loadgen.edge.errors import UserError
+from loadgen.edge.telemetry_table import SERVER_TABLE, STREAM, TABLE, conclude
 
 _TYPES = {"int64": pa.int64(), "int32": pa.int32(), "int16": pa.int16(), "string": pa.string(),
           "list<int64>": pa.list_(pa.int64()), "list<int32>": pa.list_(pa.int32())}  # fmt: skip
 _OUTCOMES = pa.array([o.value for o in OUTCOMES])
 ARROW_SCHEMA = pa.schema([pa.field(c.name, _TYPES[c.type], metadata={"meaning": c.meaning}) for c in SCHEMA])
+_UNSEALED = ("start.json", "records.arrows", "records.parquet.tmp", "run.json.tmp")  # `records` has its own checksum
 M_MMAP_THRESHOLD = -3  # malloc.h
 DICTIONARIES = ["phase", "outcome", "error"]  # columns that repeat; for the others a dictionary is only memory
 GROUP_VALUES = 200_000  # rows + responses of one Parquet row group: bounds memory while sealing and reading
@@ -178,22 +180,28 @@ def seal(
             summary, rows = summarise(copied(), scenario)
         audit = make_audit(rows)
         verdict = judge(summary, rows, scenario, audit)
+        measured: dict[str, Any] = {}
+        if (folder / STREAM).is_file():
+            measured, remarks = conclude(folder, document, scenario, summary, rows)
+            verdict = replace(verdict, cautions=(*verdict.cautions, *remarks))
         if assess:  # accuracy mode
             summary["accuracy"], more = assess(folder, scenario)
             verdict = replace(verdict, reasons=(*verdict.reasons, *more))
-        sealed = document | {
+        sealed = document | measured | {
             "schema": SCHEMA_VERSION,
             "scenario": scenario.to_json(),
             "audit": audit.to_json(),
             "summary": summary,
             "verdict": verdict.to_json(),
             "records": {"rows": pq.read_metadata(partial).num_rows, "sha256": sha256(partial)},
+            "files": {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _UNSEALED},
         }
+        sealed["seal"] = digest(sealed)
         write_json(folder / "run.json.tmp", sealed)
         partial.rename(parquet)
         (folder / "run.json.tmp").rename(folder / "run.json")
     except OSError as error:
-        for path in (partial, folder / "run.json.tmp"):
+        for path in (partial, folder / "run.json.tmp", folder / TABLE, folder / SERVER_TABLE):
             path.unlink(missing_ok=True)
         raise UserError(
             f"could not seal {folder}: {error.strerror or error}; its rows are safe in records.arrows: "
@@ -201,7 +209,7 @@ def seal(
         ) from error
     finally:
         held.close()
-    for name in ("records.arrows", "start.json"):
+    for name in ("records.arrows", "start.json", STREAM):
         (folder / name).unlink(missing_ok=True)
     return Run(folder, json.loads(json.dumps(sealed)))  # as a reader of the file would see it
 
@@ -291,6 +299,27 @@ def verify(run: Run) -> None:
     """Raises UserError when `records.parquet` is not the file that was sealed."""
     if sha256(run.folder / "records.parquet") != run.document["records"]["sha256"]:
         raise UserError(f"{run.folder / 'records.parquet'} was changed after the run was sealed: its checksum differs")
+
+
+def verify_all(run: Run) -> None:
+    """Raises UserError when `run.json`, or a file that was beside it, is not what was sealed.
+
+    Runs that were sealed before these checksums existed pass; `verify`, which every load does, has their rows.
+    """
+    if run.document.get("seal", expected := digest(run.document)) != expected:
+        raise UserError(f"{run.folder / 'run.json'} was changed after the run was sealed: its checksum differs")
+    for name, checksum in run.document.get("files", {}).items():
+        path = run.folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: it was sealed with the run")
+        if sha256(path) != checksum:
+            raise UserError(f"{path} was changed after the run was sealed: its checksum differs")
+
+
+def digest(document: dict[str, Any]) -> str:
+    """Checksum of a sealed document without its own `seal`, whatever its layout in the file."""
+    plain = json.loads(json.dumps({k: v for k, v in document.items() if k != "seal"}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -19,14 +19,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from loadgen.edge.telemetry_sources import Exported, Host, Missing, Nvml, scrape
+from loadgen.edge.telemetry_sources import Exported, Host, Missing, Nvml, exposed, scrape
 
 SERVER_HZ = 1.0
+EXPORTER_HZ = 2.0  # exporters collect once a second at best; half of the pages then bring nothing new
 PATIENCE = 5  # failed scrapes in a row with which a source is given up
 
 
@@ -81,24 +81,25 @@ class ServerSeries:
 def series(page: str, model: str) -> dict[str, float]:
     """Series of an exposition that concern `model`, as `name{label="value",…}` → value; NaN is left out."""
     found = {}
-    for family in text_string_to_metric_families(page):
-        for sample in family.samples:
-            owner = next((sample.labels[k] for k in ServerSeries.MODEL_LABELS if k in sample.labels), model)
-            if sample.name.startswith(ServerSeries.PREFIXES) and _same(owner, model) and sample.value == sample.value:
-                labels = ",".join(f'{k}="{v}"' for k, v in sorted(sample.labels.items())
-                                  if k not in ("model", "version"))  # fmt: skip
-                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = float(sample.value)
+    for name, labels, value in exposed(page):
+        owner = next((labels[k] for k in ServerSeries.MODEL_LABELS if k in labels), model)
+        if name.startswith(ServerSeries.PREFIXES) and _same(owner, model):
+            text = ",".join(f'{k}="{v}"' for k, v in sorted(labels.items()) if k not in ("model", "version"))
+            found[f"{name}{{{text}}}" if text else name] = value
     return found
 
 
 def _same(owner: str, model: str) -> bool:
-    """vLLM names a model by its path, TensorRT-LLM's backend by its part of an ensemble: those concern the model too."""
+    """vLLM names a model by its path, TensorRT-LLM by its part of an ensemble: those concern the model too."""
     return owner == model or "/" in owner or owner in ("tensorrt_llm", "tensorrt_llm_bls")
 
 
-def sources(options: argparse.Namespace, lines: Lines) -> list[tuple[str, float, Callable[[], list[dict[str, Any]]]]]:
+Sampler = tuple[str, float, Callable[[], list[dict[str, Any]]]]
+
+
+def sources(options: argparse.Namespace, lines: Lines) -> list[Sampler]:
     """Name, rate and sampler of every source there is; what is asked for and missing is written down."""
-    found: list[tuple[str, float, Callable[[], list[dict[str, Any]]]]] = []
+    found: list[Sampler] = []
 
     def add(name: str, hz: float, make: Callable[[], Any]) -> bool:
         try:
@@ -110,7 +111,7 @@ def sources(options: argparse.Namespace, lines: Lines) -> list[tuple[str, float,
 
     gpus = options.nvml and add("nvml", options.hz, lambda: Nvml(importlib.import_module(options.nvml)))
     for url in options.gpus_from or [] if not gpus else []:
-        if add(url, min(options.hz, 1.0) if options.nvml else options.hz, lambda url=url: Exported(url)):  # type: ignore[misc]
+        if add(url, min(options.hz, EXPORTER_HZ), partial(Exported, url)):
             break
     if options.host:
         add("host", options.hz, Host)

@@ -10,9 +10,10 @@ host_memory_used_bytes. A row {"device", "lost"} says that the device will give 
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Nvml:
         return row
 
     def _milliwatts(self, handle: Any) -> int:
-        """Power now. nvmlDeviceGetPowerUsage is a mean over one second from Ampere on, which smears a short run's edges."""
+        """Power now. From Ampere on nvmlDeviceGetPowerUsage is a mean over a second, which blurs the window's edges."""
         nvml = self.library
         with suppress(nvml.NVMLError, AttributeError, IndexError):
             (value,) = nvml.nvmlDeviceGetFieldValues(handle, [nvml.NVML_FI_DEV_POWER_INSTANT])
@@ -136,14 +137,26 @@ class Exported:
 def parsed(page: str) -> list[Row]:
     """The GPUs of an exposition, ordered by index where it tells one (`gpu`), else by `gpu_uuid`."""
     found: dict[str, Row] = {}
-    for family in text_string_to_metric_families(page):
-        for sample in family.samples:
-            if sample.name in EXPORTED and sample.value == sample.value:
-                column, scale = EXPORTED[sample.name]
-                key = sample.labels.get("gpu") or sample.labels.get("gpu_uuid") or sample.labels.get("UUID") or "0"
-                found.setdefault(key, {})[column] = sample.value * scale
+    for name, labels, value in exposed(page):
+        if name in EXPORTED:
+            column, scale = EXPORTED[name]
+            key = labels.get("gpu") or labels.get("gpu_uuid") or labels.get("UUID") or "0"
+            found.setdefault(key, {})[column] = value * scale
     names = {key: f"gpu{key if key.isdigit() else index}" for index, key in enumerate(sorted(found))}
     return [{"device": names[key], **found[key]} for key in sorted(found) if "power_w" in found[key]]
+
+
+def exposed(page: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of every sample of a page, NaN left out.
+
+    Names are those of the page: the parser gives every counter the suffix "_total", which NVIDIA's do not have.
+    """
+    written = set(re.findall(r"^[A-Za-z_:][\w:]*", page, re.M))
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            name = sample.name if sample.name in written else sample.name.removesuffix("_total")
+            if sample.value == sample.value:
+                yield name, sample.labels, float(sample.value)
 
 
 def scrape(url: str) -> str:
