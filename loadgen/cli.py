@@ -9,9 +9,14 @@ import click
 from rich.console import Console
 
 from loadgen.edge import report
+from loadgen.edge.ab_cli import ab
 from loadgen.edge.check_cli import check
 from loadgen.edge.command_options import arguments, declare
+from loadgen.edge.compare_cli import compare, gpus
+from loadgen.edge.hosts_cli import hosts
+from loadgen.edge.import_cli import import_
 from loadgen.edge.launch import launch
+from loadgen.edge.probe_gpu import probe_gpu
 from loadgen.edge.report_cli import report as report_command
 from loadgen.edge.search_cli import search, sweep
 from loadgen.edge.submission import submission
@@ -39,5 +44,7 @@ def run(scenario: str, locust_options: tuple[str, ...], **options: Any) -> None:
     sys.exit(launched.exit_code)
 
 
-for command in (report_command, check, submission, search, sweep):
+for command in (report_command, check, submission, search, sweep, hosts):
+    cli.add_command(command)
+for command in (compare, gpus, import_, ab, probe_gpu):
     cli.add_command(command)

@@ -180,4 +180,4 @@ def _quantiles(values: Float, p: float, length: int, weights: Float) -> Float:
 
 
 def _block_sums(values: Float, length: int) -> Float:
-    return values[: len(values) // length * length].reshape(-1, length).sum(axis=1)
+    return np.asarray(values[: len(values) // length * length].reshape(-1, length).sum(axis=1))

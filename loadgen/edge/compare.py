@@ -7,7 +7,7 @@ backend, precision); runs of one cell are repeats of each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -260,7 +260,7 @@ def axes(cells: Sequence[Cell]) -> dict[str, list[str]]:
     return differing([c.facts for c in cells], AXES)
 
 
-def accuracy(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
+def accuracy(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Token agreement of accuracy runs, by model and cell, to stand beside the speed."""
     out = []
     for run in runs:

@@ -18,7 +18,7 @@ from loadgen.edge.report_cli import find, write
 
 @click.command()
 @click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--baseline", help="words of a cell's label, or a run's id or folder  [default: the oldest GPU, no compiler]")
+@click.option("--baseline", help="words of a cell's label, or a run's id or folder  [default: oldest GPU, no compiler]")
 @click.option("--format", "kind", default="text", show_default=True,
               type=click.Choice(["text", "markdown", "json", "html"]))  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), help="write here  [default: comparison.html; else stdout]")

@@ -82,16 +82,25 @@ def headline(views: Sequence[GridView]) -> str:
         return f"{what}: nothing is faster than {b0} on {h0}; it is {words(gain)} {worst[1]} on {worst[0]}."
     h, b = best
     first = f"{what}: {b} on {h} is {words(view.gains.total[best])} {b0} on {h0}"
-    parts = []
-    if h != h0 and b != b0:
-        parts = [f"{factor(view.gains.hardware[h])} from the hardware", f"{factor(view.gains.compiler[b])} from the "
-                 "compiler", f"{factor(view.gains.interaction[best])} only from both together"]  # fmt: skip
-    sentence = first + (": " + ", ".join(parts) if parts else "") + "."
+    sentence = first + _parts(view, best) + "."
     generations = [(g, view.gains.by_generation.get((g, b))) for g in view.grid.hardware] if b != b0 else []
     if len(view.grid.hardware) > 1 and generations:
         sentence += f" Compiler gain of {b} over {b0} by generation: "
         sentence += ", ".join(f"{g} {factor(r)}" for g, r in generations) + "."
     return sentence
+
+
+def _parts(view: GridView, best: tuple[str, str]) -> str:
+    """The gain of the best cell, taken apart; says which hole is in the way where it cannot be."""
+    (h0, b0), (h, b) = view.baseline, best
+    if h == h0 or b == b0:
+        return ""
+    missing = [f"{backend} on {gpu}" for gpu, backend in ((h, b0), (h0, b)) if (gpu, backend) not in view.grid.cells]
+    if missing:
+        return f" (how much of it is hardware cannot be told: {' and '.join(missing)} was not measured)"
+    gains = view.gains
+    return (f": {factor(gains.hardware[h])} from the hardware, {factor(gains.compiler[b])} from the compiler, "
+            f"{factor(gains.interaction[best])} only from both together")  # fmt: skip
 
 
 def words(gain: Ratio | None) -> str:

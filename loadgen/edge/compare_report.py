@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from loadgen.core.compare import BORROWED, NONE, WITHIN, Ratio
-from loadgen.core.cost import break_even, cost_per, joules_each
+from loadgen.core.cost import break_even, cost_per, joules_each, per_joule
 from loadgen.core.verdict import limited
 from loadgen.edge import physics
 from loadgen.edge.compare import Cell, Line, Table, accuracy, axes
 from loadgen.edge.compare_grid import GridView, as_json, grids, headline, interval, ratio_json
 from loadgen.edge.errors import UserError
-from loadgen.edge.fingerprint import cell_of, fingerprint, hardware, load_of, model_of
+from loadgen.edge.fingerprint import cell_of, fingerprint, hardware, load_of, model_of, rank
 from loadgen.edge.report_data import limits, number
 from loadgen.edge.store import Run
 
@@ -40,7 +40,7 @@ def build(
     runs: Sequence[Run], found: Sequence[Table], baseline: str | None, prices: Mapping[str, float], currency: str,
     published: Sequence[dict[str, Any]] = (),
 ) -> Comparison:  # fmt: skip
-    """Computes all lines and grids. Raises UserError where nothing stands beside anything, or no cell is the baseline."""
+    """Computes all lines and grids. Raises UserError where nothing stands beside anything, or no cell is a baseline."""
     pairs = [(t, t.baseline(baseline)) for t in found if len(t.cells) > 1]
     if not pairs:
         alone = "; ".join(f"{t.title}: only {t.cells[0].label}" for t in found[:4]) or "they are all accuracy runs"
@@ -56,15 +56,16 @@ def build(
     marks += [f"INVALID RUNS compared on request: {', '.join(invalid)}"] if invalid else []
     notes = [f"{t.title}: left out, it has no cell {baseline!r}" for t, cell in pairs if cell is None]
     notes += _notes(found, done)
-    return Comparison(list(runs), done, views, prices, currency, marks, notes, list(published))
+    return Comparison(sorted(runs, key=rank), done, views, prices, currency, marks, notes, list(published))
 
 
 def _notes(found: Sequence[Table], done: Sequence[tuple[Table, Cell, list[Line]]]) -> list[str]:
     """Caveats in words."""
     out = []
     for table in found:
-        differing = {n: v for n, v in table.notes.items() if n in ("server", "driver", "power limit")}
+        differing = {n: v for n, v in table.notes.items() if n in ("server", "driver")}
         out += [f"{table.title}: {name} differs ({' or '.join(v)})" for name, v in differing.items()]
+        out += _capped(table)
         if len(table.cells) == 1:
             out.append(f"{table.title}: only {table.cells[0].label}, nothing to compare it with")
     bases = {line.gain.basis for _, _, lines in done for line in lines if line.gain and line.figure.name != "energy"}
@@ -81,6 +82,16 @@ def _notes(found: Sequence[Table], done: Sequence[tuple[Table, Cell, list[Line]]
            for m in c.repeats):  # fmt: skip
         out.append("weights are SYNTHETIC: speed is that of the architecture, answers mean nothing")
     return out
+
+
+def _capped(table: Table) -> list[str]:
+    """The same GPU with another power limit is another machine."""
+    seen: dict[str, set[str]] = {}
+    for cell in table.cells:
+        for m in cell.repeats:
+            seen.setdefault(m.facts["hardware"], set()).add(m.facts["power limit"])
+    return [f"{table.title}: {gpu} ran with several power limits ({' or '.join(sorted(v))} W)"
+            for gpu, v in seen.items() if len(v) > 1]  # fmt: skip
 
 
 def document(c: Comparison) -> dict[str, Any]:
@@ -111,44 +122,46 @@ def _table_json(table: Table, baseline: Cell, lines: list[Line]) -> dict[str, An
 
 
 def cost_rows(c: Comparison) -> list[dict[str, Any]]:
-    """Energy and money of each cell of each model, from its fastest run that is VALID and inside latency limits.
+    """Energy and money of each cell of a model under a limit (SLO): of its fastest VALID run inside that limit.
 
-    Where no run of a cell has limits, from its fastest run, and `slo` says so.
+    Runs without a limit stand by load, since the fastest of them would only be the one with the longest queue.
     """
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str, str, str], list[Run]] = {}
     for run in c.runs:
-        if not run.scenario.keep_outputs and _made(run)[1]:
-            groups.setdefault((model_of(run), cell_of(fingerprint(run))), []).append(run)
-    rows = []
-    for (model, cell), mine in groups.items():
-        good = [r for r in mine if r.valid and limited(r.scenario.limits)]
-        best = max(good or mine, key=lambda r: _made(r)[1])
-        total, per_s, unit, per = _made(best)
-        where = hardware(best)
-        price = c.prices.get(where.gpu.key) if where.gpu else None
-        joules = best.summary.get("energy_joules")
-        watts = best.summary.get("mean_power_watts")
-        rows.append({
-            "model": model, "cell": cell, "run": str(best.document["run_id"]), "load": load_of(best),
-            "slo": limits(best) if good else "no latency limit", "per_s": per_s, "unit": unit, "gpus": where.count,
-            "hardware": where.gpu.key if where.gpu else None,
-            "joules_each": joules_each(total, joules), "per_joule": total / joules if joules else None,
-            "watts": watts, "per_s_per_watt": per_s / watts if watts else None,
-            "price_per_gpu_hour": price, "cost": cost_per(per, per_s, price, where.count), "cost_of": per,
-        })  # fmt: skip
-    return _with_break_even(rows)
-
-
-def _with_break_even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds the price per GPU-hour at which a cell would cost as much as the first priced cell of its model."""
+        limited_ = bool(limited(run.scenario.limits))
+        if not run.scenario.keep_outputs and _made(run)[1] and (run.valid or not limited_):
+            key = (model_of(run), limits(run), "" if limited_ else load_of(run), cell_of(fingerprint(run)))
+            groups.setdefault(key, []).append(run)
+    rows: list[dict[str, Any]] = []
+    first: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for (model, slo, load, cell), mine in sorted(groups.items(), key=lambda g: g[0][:3]):
+        row = _cost_row(max(mine, key=lambda r: _made(r)[1]), c.prices) | {"model": model, "slo": slo, "cell": cell}
+        if row["price_per_gpu_hour"] is not None:
+            first.setdefault((model, slo, load), row)
+        rows.append(row | {"of": (model, slo, load)})
     for row in rows:
-        base = next((r for r in rows if r["model"] == row["model"] and r["price_per_gpu_hour"] is not None), None)
+        base = first.get(row.pop("of"))
+        other = base is not None and base["hardware"] != row["hardware"]  # a GPU against itself has no break-even
         row["break_even"], row["break_even_with"] = None, None
-        if base is not None and base is not row:
-            each, other = base["per_s"] / base["gpus"], row["per_s"] / row["gpus"]
-            row["break_even"] = break_even(base["price_per_gpu_hour"], each, other)
+        if base is not None and other:
+            each, mine_ = base["per_s"] / base["gpus"], row["per_s"] / row["gpus"]
+            row["break_even"] = break_even(base["price_per_gpu_hour"], each, mine_)
             row["break_even_with"] = base["cell"]
     return rows
+
+
+def _cost_row(run: Run, prices: Mapping[str, float]) -> dict[str, Any]:
+    total, per_s, unit, per = _made(run)
+    where = hardware(run)
+    price = prices.get(where.gpu.key) if where.gpu else None
+    joules, watts = run.summary.get("energy_joules"), run.summary.get("mean_power_watts")
+    return {
+        "run": str(run.document["run_id"]), "load": load_of(run), "per_s": per_s, "unit": unit, "gpus": where.count,
+        "hardware": where.gpu.key if where.gpu else where.name,
+        "joules_each": joules_each(total, joules), "per_joule": per_joule(total, joules), "watts": watts,
+        "per_s_per_watt": per_s / watts if watts else None, "price_per_gpu_hour": price,
+        "cost": cost_per(per, per_s, price, where.count), "cost_of": per,
+    }  # fmt: skip
 
 
 def _made(run: Run) -> tuple[float, float, str, float]:

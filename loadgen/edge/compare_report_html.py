@@ -35,10 +35,12 @@ def html(c: Comparison) -> str:
             figures[f"slope{i}"] = slopes(view)
     for i, model in enumerate(dict.fromkeys(model_of(r) for r in c.runs)):
         if found := curves(c, model):
-            body.append(_plot(f"curve{i}", f"{model}: throughput and latency", "each point is a run; limits in red", 340))
+            note = "each point is a run; limits in red"
+            body.append(_plot(f"curve{i}", f"{model}: throughput and latency", note, 340))
             figures[f"curve{i}"] = found
     if roof := rooflines(c.runs):
-        body.append(_plot("roofline", "Roofline", "lines: what each GPU allows; circles decode, diamonds other work", 380))
+        note = "lines: what each GPU allows; circles: decode, diamonds: other work"
+        body.append(_plot("roofline", "Roofline", note, 380))
         figures["roofline"] = roof
     body += [_block(b) for b in blocks(c)]
     body += [_caveats(c), _footer(c)]
@@ -84,13 +86,15 @@ def _caveats(c: Comparison) -> str:
     items = "".join(f"<p>{escape(n)}.</p>" for n in c.notes)
     return (
         f"<h2>Validity and caveats</h2>{items}<p>A gain is above 1 where a run is better than the baseline. Intervals "
-        "are 95 %: from the scatter between repeats where there are any, else from blocks of requests inside each run. "
-        "A gain whose interval spans 1 is called not separable. The whole gain is the product of hardware, compiler and "
-        "what only both give together, exactly, since all are ratios of the same cells.</p>"
+        "are 95 %, from the scatter between repeats where there are any, else from blocks of requests inside each run. "
+        "A gain whose interval spans 1 is called not separable. The whole gain is the product of hardware, compiler "
+        "and what only both give together, exactly, since all are ratios of the same cells.</p>"
     )
 
 
 def _footer(c: Comparison) -> str:
     sealed = escape(json.dumps(document(c), indent=1, ensure_ascii=False))
-    return (f"<footer><h2>Provenance</h2><details><summary>the comparison as JSON</summary><pre>{sealed}</pre></details>"
-            f'<p class="soft">Tritonmark {escape(version("tritonmark"))}; this file is complete in itself</p></footer>')  # fmt: skip
+    tool = escape(version("tritonmark"))
+    return ("<footer><h2>Provenance</h2><details><summary>the comparison as JSON</summary>"
+            f'<pre>{sealed}</pre></details><p class="soft">Tritonmark {tool}; this file is complete in itself</p>'
+            "</footer>")  # fmt: skip

@@ -35,7 +35,8 @@ def heat_map(view: GridView) -> Figure:
         row = [gains.get((h, b)) for b in grid.backends]
         z.append([math.log2(g.ratio) if g else None for g in row])
         text.append([f"<b>{g.ratio:.3g}×</b><br>{interval(g)}" if g else "not measured" for g in row])
-        hover.append([plain(", ".join(view.cells[h, b].run_ids)) if (h, b) in view.cells else "" for b in grid.backends])
+        hover.append([plain(", ".join(view.cells[h, b].run_ids)) if (h, b) in view.cells else ""
+                      for b in grid.backends])  # fmt: skip
     data: dict[str, Any] = {
         "type": "heatmap", "x": [plain(b) for b in grid.backends], "y": [plain(h) for h in grid.hardware], "z": z,
         "customdata": hover, "text": text, "texttemplate": "%{text}", "showscale": False, "hoverongaps": False,
@@ -44,8 +45,8 @@ def heat_map(view: GridView) -> Figure:
     }  # fmt: skip
     holes = [{"x": plain(b), "y": plain(h), "text": "not measured", "showarrow": False, "font": {"color": "--soft"}}
              for h, b in grid.holes]  # fmt: skip
-    return {"data": [data], "layout": {"margin": {**MARGIN, "l": 130}, "annotations": holes,
-            "xaxis": {"side": "top", "type": "category"}, "yaxis": {"autorange": "reversed", "type": "category"}}}  # fmt: skip
+    axes = {"xaxis": {"side": "top", "type": "category"}, "yaxis": {"autorange": "reversed", "type": "category"}}
+    return {"data": [data], "layout": {"margin": {**MARGIN, "l": 130}, "annotations": holes, **axes}}
 
 
 def slopes(view: GridView) -> Figure:
@@ -59,9 +60,9 @@ def slopes(view: GridView) -> Figure:
                      "x": [plain(h) for h in view.grid.hardware], "y": y, "customdata": [plain(x) for x in ids],
                      "line": {"color": colour(i), "width": 2.5}, "marker": {"size": 9, "color": colour(i), "symbol": i},
                      "hovertemplate": "%{x}: %{y:.4g}<br>runs %{customdata}"})  # fmt: skip
-    return {"data": data, "layout": {"margin": MARGIN, "legend": {"orientation": "h", "y": 1.15},
-            "xaxis": {"type": "category"}, "yaxis": {"title": {"text": plain(f"{view.figure.label}, {view.figure.unit}")},
-                                                     "type": "log"}}}  # fmt: skip
+    title = plain(f"{view.figure.label}, {view.figure.unit}")
+    axes = {"xaxis": {"type": "category"}, "yaxis": {"title": {"text": title}, "type": "log"}}
+    return {"data": data, "layout": {"margin": MARGIN, "legend": {"orientation": "h", "y": 1.15}, **axes}}
 
 
 def _value(view: GridView, log: float) -> float:
@@ -122,7 +123,8 @@ def rooflines(runs: Sequence[Run]) -> Figure | None:
                 x = [0.1, turn, max(1e4, 4 * turn)]
                 y = [min(i * machine.bandwidth_bytes_s, machine.flops_s or math.inf) / 1e12 for i in x]
                 data.append({"type": "scatter", "mode": "lines", "name": plain(f"{key}, {machine.source}"), "x": x,
-                             "y": y, "line": {"color": colour(roofs[key]), "width": 2}, "hoverinfo": "name"})  # fmt: skip
+                             "y": y, "line": {"color": colour(roofs[key]), "width": 2},
+                             "hoverinfo": "name"})  # fmt: skip
             data.append({"type": "scatter", "mode": "markers", "showlegend": False, "x": [work.intensity],
                          "y": [work.limit.flops / work.measured_s / 1e12],
                          "name": plain(f"{model_of(run)} {work.name}, {cell_of(fingerprint(run))}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import platform
 import shutil
@@ -12,20 +13,36 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from loadgen.edge.errors import UserError
+
 _QUERY = "name,memory.total,driver_version,power.limit,clocks.max.sm,clocks.max.memory,uuid"
 
 
-def describe(host: str, label: str | None = None) -> dict[str, Any]:
-    """`label` (the folder name of the results), GPUs and CPU of the server at URL `host`.
+def describe(host: str, label: str | None = None, probe: str | None = None) -> dict[str, Any]:
+    """`label` (the folder name of the results), GPUs and CPU of the server at URL `host`; what `probe`'s file measured.
 
     A remote server's hardware cannot be seen over HTTP: its label is "unknown" unless the user gives one.
     """
+    measured = {"measured": read_probe(Path(probe))} if probe else {}
     if not is_local(host):
-        return {"label": label or "unknown", "gpus": [], "cpu": None, "probed": False}
+        return {**measured, "label": label or "unknown", "gpus": [], "cpu": None, "probed": False}
     gpus = nvidia_gpus()
     cpu = {"model": cpu_model(), "cores": os.cpu_count(), "memory_bytes": memory_bytes()}
     found = f"{len(gpus)}x-{gpus[0]['name']}" if gpus else f"cpu-{cpu['model']}-{cpu['cores']}-cores"
-    return {"label": label or found, "gpus": gpus, "cpu": cpu, "probed": True}
+    return {**measured, "label": label or found, "gpus": gpus, "cpu": cpu, "probed": True}
+
+
+def read_probe(path: Path) -> dict[str, Any]:
+    """What `tritonmark probe-gpu` wrote: bandwidth and peaks as measured. Raises UserError where the file is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not float(found["copy_bytes_s"]) > 0 or not isinstance(found["matmul_flops_s"], dict):
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"cannot read --gpu-probe {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"--gpu-probe {path} is not what `tritonmark probe-gpu --out` writes") from None
+    return dict(found)
 
 
 def is_local(url: str) -> bool:

@@ -54,11 +54,15 @@ def mlperf(files: tuple[Path, ...], kind: str, out: Path | None, model: str | No
 def table(rows: list, at_most: int) -> str:  # type: ignore[type-arg]
     """Medians per accelerator, as text."""
     head = ["round", "model", "scenario", "accelerator", "results", "median", "min", "max", "per accelerator"]
-    body = [[m["round"], m["model"], m["scenario"], m["accelerator"], str(m["results"]),
-             *(number(m[k], 4) for k in ("median", "min", "max")), m["unit"]] for m in medians(rows, at_most)]  # fmt: skip
+    body = []
+    for m in medians(rows, at_most):
+        figures = [number(m[k], 4) for k in ("median", "min", "max")]
+        body.append([m["round"], m["model"], m["scenario"], m["accelerator"], str(m["results"]), *figures, m["unit"]])
     widths = [max(len(r[i]) for r in [head, *body]) for i in range(len(head))]
     lines = ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)).rstrip() for r in [head, *body]]
     repeated = sum(bool(r.repeats) for r in rows)
-    note = (f"PUBLISHED by MLCommons, not measured here: {len(rows)} results; medians of closed datacenter systems with "
-            f"at most {at_most} accelerators; {repeated} that repeat a run under a second model name are left out")  # fmt: skip
+    note = (
+        f"PUBLISHED by MLCommons, not measured here: {len(rows)} results; medians of closed datacenter systems with at "
+        f"most {at_most} accelerators; {repeated} that repeat a run under a second model name are left out"
+    )
     return "\n".join([*lines, note])

@@ -1,10 +1,10 @@
-"""MLCommons' published results (`summary_results.json` of v4.1, v5.1, v6.0) as rows per accelerator, marked *published*.
+"""MLCommons' published results (`summary_results.json` of v4.1, v5.1, v6.0) per accelerator, marked *published*.
 
 What the files get wrong or leave to the reader is handled here and nowhere else:
 - `a#` is accelerators per node: times `Nodes`. v6.0 has `Total Accelerators`; its 87 GPUs of a platform `87x…` are 88
   there, so a count in the platform's name wins over the product.
 - the case of scenarios varies; v5.1 labels llama3.1-8b Interactive Queries/s, which are tokens/s;
-- llama2-70b-99 and -99.9 (and the like) repeat one run: the second is marked `repeats`;
+- llama2-70b-99 and -99.9 (and the like) often are one run: then the second is marked `repeats`;
 - latencies (ms, v6.0 also s) are not divided by accelerators; a system without accelerators has no figure per one.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +23,7 @@ from loadgen.edge.errors import UserError
 NEEDED = ("ID", "Submitter", "Category", "Suite", "Model", "Scenario", "Nodes", "Accelerator", "a#",
           "Performance_Result", "Performance_Units")  # fmt: skip
 SCENARIOS = {s.lower(): s for s in ("Offline", "Server", "Interactive", "SingleStream", "MultiStream")}
-TOKENS = ("llama", "mixtral", "gptj", "gpt-oss", "deepseek", "qwen")  # models whose throughput is in tokens
+MISLABELLED = {("v5.1", "llama3.1-8b", "Interactive"): ("Queries/s", "Tokens/s")}
 AT_MOST = 8  # accelerators of a system that counts for a median: larger ones pay for their network
 
 
@@ -53,9 +53,9 @@ class Published:
     accuracy: str
     power: float | None
     power_unit: str
-    repeats: str  # the model name under which the same run is listed already
     corrected: str  # what the file says, where it was read differently
     source: str
+    repeats: str = ""  # the model name under which the same run is listed too
     kind: str = "published"
 
 
@@ -69,47 +69,47 @@ def read(path: Path) -> list[Published]:
         raise UserError(f"{path} is not JSON ({error}); give MLCommons' summary_results.json") from None
     if not isinstance(document, list) or not document:
         raise UserError(f"{path} is not a list of results; give MLCommons' summary_results.json")
-    seen: dict[tuple[Any, ...], str] = {}
     rows = []
     for number, entry in enumerate(document, 1):
         missing = [k for k in NEEDED if not isinstance(entry, dict) or k not in entry]
         if missing:
             raise UserError(f"{path}, result {number}: has no {missing[0]!r}; give MLCommons' summary_results.json")
         try:
-            rows.append(_row(entry, seen, path.name))
+            rows.append(_row(entry, path.name))
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}, result {number} ({entry['ID']}): {error}") from None
-    return rows
+    first = {_same(r): r.model for r in rows if r.model.endswith("-99")}
+    return [replace(r, repeats=first.get(_same(r), "")) if r.model.endswith("-99.9") else r for r in rows]
 
 
-def _row(e: dict[str, Any], seen: dict[tuple[Any, ...], str], source: str) -> Published:
+def _same(r: Published) -> tuple[Any, ...]:
+    """What the rows of one run under two model names share."""
+    base = re.sub(r"-99(\.9)?$", "", r.model)
+    return (r.round, r.id, r.platform, r.division, r.suite, base, r.scenario, r.value, r.unit)
+
+
+def _row(e: dict[str, Any], source: str) -> Published:
     model, scenario = str(e["Model"]), SCENARIOS.get(str(e["Scenario"]).lower(), str(e["Scenario"]))
-    unit, corrected = _unit(model, str(e["Performance_Units"]))
+    round_ = str(e.get("version") or str(e["ID"]).rpartition("-")[0])
+    unit, corrected = str(e["Performance_Units"]), ""
+    if (round_, model, scenario) in MISLABELLED and unit == MISLABELLED[round_, model, scenario][0]:
+        unit, corrected = MISLABELLED[round_, model, scenario][1], f"unit was {unit}"
     value = float(e["Performance_Result"])
     nodes, per_node = int(e["Nodes"]), int(float(e["a#"] or 0))
     total, counted = _accelerators(e, nodes * per_node)
     each = value / total if total and not unit.startswith("Latency") else None
-    base = re.sub(r"-99(\.9)?$", "", model)
-    same = (e["ID"], e.get("Platform"), e["Category"], e["Suite"], base, scenario, value, unit)
-    first = seen.setdefault(same, model)
     power = e.get("Power_Result")
     return Published(
-        round=str(e.get("version") or str(e["ID"]).rpartition("-")[0]), id=str(e["ID"]), submitter=str(e["Submitter"]),
+        round=round_, id=str(e["ID"]), submitter=str(e["Submitter"]),
         availability=str(e.get("Availability", "")), division=str(e["Category"]).lower(), suite=str(e["Suite"]),
         system=str(e.get("System", "")), platform=str(e.get("Platform", "")), model=model, scenario=scenario,
         accelerator=str(e["Accelerator"] or "none"), nodes=nodes, per_node=per_node, accelerators=total, value=value,
         unit=unit, per_accelerator=each, precision=str(e.get("weight_data_types", "")).lower(),
         software=str(e.get("Software", "")), accuracy=str(e.get("Accuracy", "")),
         power=float(power) if power not in (None, "") else None, power_unit=str(e.get("Power_Units") or ""),
-        repeats=first if first != model else "", corrected="; ".join(x for x in (corrected, counted) if x),
+        corrected="; ".join(x for x in (corrected, counted) if x),
         source=source,
     )  # fmt: skip
-
-
-def _unit(model: str, unit: str) -> tuple[str, str]:
-    if unit == "Queries/s" and model.startswith(TOKENS):
-        return "Tokens/s", "unit was Queries/s"
-    return unit, ""
 
 
 def _accelerators(e: dict[str, Any], product: int) -> tuple[int, str]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import gevent.event
 
 from loadgen.core.record import Rows
 from loadgen.core.scenario import Scenario
@@ -112,19 +113,26 @@ class Live:
     """What one load process shows. With `--metrics-port off` every method does nothing."""
 
     def __init__(self, port: str, bind: str, results: Path, role: str) -> None:
-        """`role` is master, worker or local. Raises UserError for a port that is none, or cannot be had."""
+        """`role` is master, worker or local. Raises UserError for a port that is none."""
         self.role, self.endpoint, self.targets = role, None, results / TARGETS
         self._workers: dict[int, str] = {}
         self._run: LiveRun | None = None
-        if port == "off":
-            return
-        if port != "auto" and not (port.isdigit() and int(port) < 65536):
+        self.opened = gevent.event.Event()
+        if not (port in ("auto", "off") or (port.isdigit() and int(port) < 65536)):
             raise UserError(f"--metrics-port is {port!r}; give auto, off or a port number")
-        self.endpoint = Endpoint(BASE_PORT if port == "auto" else int(port), bind, fixed=port != "auto")
-        atexit.register(self.close)
-        print(f"tritonmark: metrics of this {role} process on http://{self.endpoint.address}/metrics", flush=True)
-        if role != "worker":
-            self._write_targets()
+        self._port, self._bind = port, bind
+
+    def open(self) -> None:
+        """Starts the endpoint: this greenlet waits, others go on. Raises UserError where it cannot listen."""
+        if self._port != "off":
+            auto = self._port == "auto"
+            self.endpoint = Endpoint(BASE_PORT if auto else int(self._port), self._bind, fixed=not auto)
+            atexit.register(self.close)
+            at = f"http://{self.endpoint.address}/metrics"
+            print(f"tritonmark: metrics of this {self.role} process on {at}", flush=True)
+            if self.role != "worker":
+                self._write_targets()
+        self.opened.set()
 
     @property
     def address(self) -> str | None:

@@ -96,6 +96,7 @@ class _Answer(list[bytes]):
 
 def serve(control: socket.socket, port: int, bind: str) -> None:
     """Answers scrapes on the first free port from `port` until `control` is closed by its other end."""
+    control.setblocking(True)  # gevent, at the other end of the fork, leaves its sockets non-blocking
     figures, registry = Figures(), CollectorRegistry(auto_describe=False)
     registry.register(figures)
     inner = make_wsgi_app(registry)

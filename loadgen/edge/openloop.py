@@ -73,15 +73,16 @@ def connect(environment: Environment, **_: Any) -> None:
     """Registers messages and events once the runner exists. Headless, bad input ends here with exit code 2."""
     claim_resources()
     try:
-        live = open_live(environment)
+        live = make_live(environment)
+        if not isinstance(environment.runner, MasterRunner):
+            Worker(environment, live)  # before this greenlet waits for anything: the master may send already
+        control = None if isinstance(environment.runner, WorkerRunner) else Control(environment, live)
+        live.open()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    if not isinstance(environment.runner, MasterRunner):
-        Worker(environment, live)
-    if isinstance(environment.runner, WorkerRunner):
+    if control is None:
         return
-    control = Control(environment, live)
     if environment.parsed_options.headless:
         # Locust's own timer would stop the test while answers are still due, and its stop() walks the whole call
         # stack: 100 ms in which no arrival is stamped. The run ends itself.
@@ -93,7 +94,7 @@ def connect(environment: Environment, **_: Any) -> None:
             sys.exit(2)
 
 
-def open_live(environment: Environment) -> Live:
+def make_live(environment: Environment) -> Live:
     """This process's scrape endpoint, also under /metrics of the web UI. Raises UserError."""
     options, runner = environment.parsed_options, environment.runner
     telemetry_settings(options).check()
@@ -155,6 +156,7 @@ class Worker:
 
     def send(self, kind: str, data: dict[str, Any]) -> None:
         if kind == "ready":
+            self.live.opened.wait(timeout=5)
             data |= {"metrics": self.live.address}
         elif kind == "end" and self.health:
             self.health.stop()
@@ -220,7 +222,7 @@ class Control:
             "dialect": dialect_of(server["backend"], parameters),
             "exported": exported,
             "server": {"url": host, **server},
-            "hardware": hardware.describe(host, options.hardware),
+            "hardware": hardware.describe(host, options.hardware, options.gpu_probe),
             "overrides": {k: v for k, v in overrides.items() if v is not None and v != ""},
             "prompts": library.describe(scenario),
         }

@@ -71,6 +71,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--min-agreement", "accuracy: least share of reference tokens before an answer leaves it, 0 to 1", float,
            override="min_agreement"),
     Option("--results", "folder for sealed runs", default="results"),
+    Option("--gpu-probe", "JSON of `tritonmark probe-gpu`: measured bandwidth, sealed, and used for rooflines"),
     Option("--hardware", "label of the server's hardware (default: probed where the server is local)"),
     Option("--metrics-port", "Prometheus metrics of each load process: auto (first free from 9464), a port or off",
            default="auto"),

@@ -41,7 +41,8 @@ def _states(lines: Iterable[str], console: Console) -> Iterable[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(state, dict) and state.get("metrics"):
-            console.print(f"metrics for Prometheus on {state['metrics']}", highlight=False, markup=False, soft_wrap=True)
+            text = f"metrics for Prometheus on {state['metrics']}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
         if isinstance(state, dict) and isinstance(state.get("elapsed_s"), int | float):
             yield state
 

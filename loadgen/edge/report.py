@@ -114,7 +114,7 @@ def _verdict(run: Run, console: Console, named: bool) -> None:
         headline = Text.assemble((report_data.facts(run)["scenario"] + ": ", "bold"), headline)
     console.print()
     console.print(headline)
-    for line in (*report_data.accuracy(run), *clip_lines(run), *physics.lines(run), *telemetry_lines(run)):
+    for line in _lines(run):
         console.print(Padding(Text(line), (0, 0, 0, 2)))
     for key, title in REMARKS:
         # Beside others a run's headline is enough to say what it lacks; alone it gets the advice too.
@@ -122,6 +122,11 @@ def _verdict(run: Run, console: Console, named: bool) -> None:
             console.print(Padding(_remark(title, reason), (0, 0, 0, 2)))
     for error, count in report_data.errors(run):
         console.print(Padding(Text(f"{count:,} × {error}"), (0, 0, 0, 2)))
+
+
+def _lines(run: Run) -> list[str]:
+    """What stands below a verdict before its reasons."""
+    return [*report_data.accuracy(run), *clip_lines(run), *physics.lines(run), *telemetry_lines(run)]
 
 
 def _remark(title: str, reason: dict[str, Any]) -> Text:
@@ -150,7 +155,7 @@ def markdown(runs: Sequence[Run]) -> str:
 def _md_verdict(run: Run) -> list[str]:
     verdict = run.document["verdict"]
     out = [f"**{_md(report_data.facts(run)['scenario'])}: {_md(verdict['headline'])}**", ""]
-    out += [f"- {_md(line)}" for line in (*report_data.accuracy(run), *clip_lines(run), *physics.lines(run), *telemetry_lines(run))]
+    out += [f"- {_md(line)}" for line in _lines(run)]
     for key, title in REMARKS:
         for r in verdict.get(key) or ():
             code, seen, limit, advice = (_md(r[k]) for k in ("code", "seen", "limit", "advice"))

@@ -37,6 +37,9 @@ def simulate(
         longest = done[: n - n % width].reshape(-1, width).max(axis=1)
         due = np.repeat(np.concatenate(([0], np.cumsum(longest)[:-1])), width)
         n, first, done = len(due), first[: len(due)], done[: len(due)]
+    if scenario.kind is Kind.CONCURRENCY:  # streams in turn, each sends when its last request is done
+        streams = done.reshape(-1, scenario.concurrency)
+        due = (np.cumsum(streams, axis=0) - streams).ravel()
     due = due[:n]
     facts = {"run_id": "simulated", "synthetic": True, "model": "phi-2", "backend": "torch-eager", "precision": "fp16",
              "weights": "synthetic", "t0_wall_ns": T0, "prompts": {"source": "simulated", "count": library},
