@@ -23,7 +23,8 @@ COPY loadgen ./loadgen
 COPY exporters ./exporters
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf pip install --no-deps .
 # The server's private backend folder is made here, because the root of the running container is read-only.
-RUN XDG_CACHE_HOME=/opt/tritonmark/cache python -c "from exporters.wheel import find_binary; find_binary()"
+RUN XDG_CACHE_HOME=/opt/tritonmark/cache python -c "from exporters.wheel import find_binary; find_binary()" \
+    && chmod -R a+rX /opt/tritonmark/cache
 
 FROM ${BASE_IMAGE}
 ENV PATH=/opt/tritonmark/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \

@@ -45,9 +45,9 @@ def protect(environment: Environment, **_: Any) -> None:
 
     @pages.route("/login-submit", methods=["POST"])
     def submit() -> Any:
-        """Compares in constant time, user and password alike."""
+        """Takes the password compared in constant time; how long it is may show."""
         given = [request.form.get("username", ""), request.form.get("password", "")]
-        if all([hmac.compare_digest(a.encode(), b.encode()) for a, b in zip(given, (name, password), strict=True)]):
+        if all(hmac.compare_digest(a.encode(), b.encode()) for a, b in zip(given, (name, password), strict=True)):
             login_user(WebUser(name))
             return redirect(url_for("locust.index"))
         gevent.sleep(FAILED_LOGIN_S)

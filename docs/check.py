@@ -18,6 +18,8 @@ import tritonmark
 from exporters.models_table import catalogue_document, memory_document
 from loadgen.core.metrics import METRICS
 from loadgen.core.record import SCHEMA
+from loadgen.edge import hardware_catalogue
+from loadgen.edge.live_names import all_families
 from loadgen.edge.options import OPTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +45,20 @@ def options_table() -> str:
     return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
 
 
-TABLES = {"metrics": metrics_table, "schema": schema_table, "options": options_table,
-          "models": catalogue_document, "memory": memory_document}  # fmt: skip
+def live_table() -> str:
+    rows = [f"| `{f.name}` | {f.kind} | {', '.join(f.labels) or '–'} | {f.help} |" for f in all_families()]
+    return "\n".join(["| name | type | more labels | meaning |", "|---|---|---|---|", *rows])
+
+
+TABLES = {
+    "live": live_table,
+    "gpus": hardware_catalogue.markdown,
+    "metrics": metrics_table,
+    "schema": schema_table,
+    "options": options_table,
+    "models": catalogue_document,
+    "memory": memory_document,
+}
 
 
 def links(path: Path, text: str) -> list[str]:
@@ -62,6 +76,12 @@ def commands(path: Path, text: str) -> list[str]:
             if command is None:
                 faults.append(f"{path.name}: no command `tritonmark {name}`")
                 continue
+            if isinstance(command, click.Group):  # `tritonmark import mlperf`
+                sub = words[0] if words else ""
+                if sub not in command.commands:
+                    faults.append(f"{path.name}: no command `tritonmark {name} {sub}`")
+                    continue
+                name, command = f"{name} {sub}", command.commands[sub]
             known = {o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)}
             used = {w.split("=")[0] for w in words if w.startswith("--")}
             faults += [f"{path.name}: `tritonmark {name}` has no {o}" for o in sorted(used - known - {"--help"})]

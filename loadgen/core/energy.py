@@ -10,7 +10,7 @@ All times are ns of one clock, relative to T0. A sample that lacks a value holds
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ def measure(samples: Samples, start_ns: int, end_ns: int) -> Energy:
         throttled=throttled,
         reasons=(),
     )  # fmt: skip
-    return Energy(**{**vars(figure), "reasons": tuple(_reasons(figure, samples))})
+    return replace(figure, reasons=tuple(_reasons(figure, samples)))
 
 
 def trapezoid(t_ns: Int64, watts: Float, start_ns: int, end_ns: int) -> tuple[float, int, int, int]:

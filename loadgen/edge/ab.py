@@ -35,7 +35,7 @@ class Experiment:
     why: str = ""
 
     def run(self) -> Look:
-        """Blocks of four runs until decided. Raises UserError when a run is INVALID or has no such figure.
+        """Blocks of four runs until decided. Raises UserError when a run is INVALID twice or has no such figure.
 
         At least two blocks are made whatever the budget, since one shows no scatter.
         """
@@ -61,8 +61,11 @@ class Experiment:
 
     def _one(self, side: str, number: int) -> None:
         run = self.start(side, number)
+        if not run.valid:  # a busy moment of the client must not cost the whole experiment
+            self.say(f"{side}  {run.document['verdict']['headline']}: made again")
+            run = self.start(side, number)
         if not run.valid:
-            raise UserError(f"run {number + 1} ({side}) is INVALID: {run.document['verdict']['headline']}; "
+            raise UserError(f"run {number + 1} ({side}) is INVALID twice: {run.document['verdict']['headline']}; "
                             f"it is in {run.folder}")  # fmt: skip
         known = {f.name: f for f in figures(run) if f.name != "energy"}
         if self.figure not in known:

@@ -50,7 +50,7 @@ def ab(
 ) -> None:  # fmt: skip
     """Two servers or backends against each other, in turns (A B B A), until told apart or the budget is spent.
 
-    Both must be up all the time. Exit code 0 also where they were not told apart; 2 for a run that is INVALID.
+    Both must be up all the time. Exit code 0 also where they were not told apart; 2 for a run that is INVALID twice.
     """
     host, model = two(hosts, "--host", "http://127.0.0.1:8000"), two(models, "--model")
     label = two(labels, "--hardware", None)

@@ -213,11 +213,12 @@ def tables(runs: Sequence[Run], allow_unlike: bool = False) -> list[Table]:
     for run in sorted(runs, key=lambda r: (rank(r), str(r.document.get("run_id")))):
         if not run.scenario.keep_outputs:
             groups.setdefault((model_of(run), load_of(run)), []).append(Measured(run, fingerprint(run)))
-    return [_table(model, load, found, allow_unlike) for (model, load), found in sorted(groups.items(), key=_by_load)]
+    return [_table(*of, groups[of], allow_unlike) for of in sorted(groups, key=by_load)]
 
 
-def _by_load(entry: Any) -> Any:
-    (model, load), _ = entry
+def by_load(of: tuple[str, str]) -> tuple[str, str, float]:
+    """Order of (model, load): by model, scenario, and then the number, so that 8 in flight come before 64."""
+    model, load = of
     name, _, number = load.removesuffix(" /s").rpartition(" ")
     return (model, name, float(number)) if number.replace(".", "", 1).isdigit() else (model, load, 0.0)
 

@@ -72,7 +72,7 @@ def headline(views: Sequence[GridView]) -> str:
     """What the largest grid says, in one or two sentences."""
     if not views:
         return "Nothing could be compared: no two cells of one precision have the same figure."
-    view = max(views, key=lambda v: (min(len(v.grid.hardware), len(v.grid.backends)), len(v.cells)))
+    view = max(views, key=size)
     h0, b0 = view.baseline
     best = max(view.grid.cells, key=lambda c: view.grid.cells[c].log)
     what = f"{view.table.title}"
@@ -88,6 +88,11 @@ def headline(views: Sequence[GridView]) -> str:
         sentence += f" Compiler gain of {b} over {b0} by generation: "
         sentence += ", ".join(f"{g} {factor(r)}" for g, r in generations) + "."
     return sentence
+
+
+def size(view: GridView) -> tuple[int, int]:
+    """How much a grid says of both axes, and then in all."""
+    return min(len(view.grid.hardware), len(view.grid.backends)), len(view.cells)
 
 
 def _parts(view: GridView, best: tuple[str, str]) -> str:

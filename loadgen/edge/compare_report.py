@@ -10,8 +10,8 @@ from loadgen.core.compare import BORROWED, NONE, WITHIN, Ratio
 from loadgen.core.cost import break_even, cost_per, joules_each, per_joule
 from loadgen.core.verdict import limited
 from loadgen.edge import physics
-from loadgen.edge.compare import Cell, Line, Table, accuracy, axes
-from loadgen.edge.compare_grid import GridView, as_json, grids, headline, interval, ratio_json
+from loadgen.edge.compare import Cell, Line, Table, accuracy, axes, by_load
+from loadgen.edge.compare_grid import GridView, as_json, grids, headline, interval, ratio_json, size
 from loadgen.edge.errors import UserError
 from loadgen.edge.fingerprint import cell_of, fingerprint, hardware, load_of, model_of, rank
 from loadgen.edge.report_data import limits, number
@@ -50,7 +50,7 @@ def build(
         labels = sorted({c.label for t, _ in pairs for c in t.cells})
         raise UserError(f"no cell is --baseline {baseline!r}; choose words of one of: {'; '.join(labels)}")
     done = [(t, cell, t.lines(cell)) for t, cell in pairs if cell is not None]
-    views = [v for t, cell, _ in done for v in grids(t, cell)]
+    views = sorted((v for t, cell, _ in done for v in grids(t, cell)), key=size, reverse=True)
     marks = [f"UNLIKE RUNS compared on request: {t.title} differ in {', '.join(t.unlike)}" for t in found if t.unlike]
     invalid = [str(r.document["run_id"]) for r in runs if not r.valid]
     marks += [f"INVALID RUNS compared on request: {', '.join(invalid)}"] if invalid else []
@@ -133,12 +133,14 @@ def cost_rows(c: Comparison) -> list[dict[str, Any]]:
             key = (model_of(run), limits(run), "" if limited_ else load_of(run), cell_of(fingerprint(run)))
             groups.setdefault(key, []).append(run)
     rows: list[dict[str, Any]] = []
-    first: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for (model, slo, load, cell), mine in sorted(groups.items(), key=lambda g: g[0][:3]):
-        row = _cost_row(max(mine, key=lambda r: _made(r)[1]), c.prices) | {"model": model, "slo": slo, "cell": cell}
+    first: dict[tuple[str, ...], dict[str, Any]] = {}
+    for (model, slo, load, cell), mine in sorted(groups.items(), key=lambda g: by_load((g[0][0], g[0][2]))):
+        best = max(mine, key=lambda r: _made(r)[1])
+        row = _cost_row(best, c.prices) | {"model": model, "slo": slo, "cell": cell}
+        of = (model, slo, load, cell.partition(" · ")[2])  # the same backend on other GPUs
         if row["price_per_gpu_hour"] is not None:
-            first.setdefault((model, slo, load), row)
-        rows.append(row | {"of": (model, slo, load)})
+            first.setdefault(of, row)
+        rows.append(row | {"of": of})
     for row in rows:
         base = first.get(row.pop("of"))
         other = base is not None and base["hardware"] != row["hardware"]  # a GPU against itself has no break-even

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from loadgen.core.compare import Ratio
 from loadgen.core.scenario import Kind
 from loadgen.core.verdict import limited
 from loadgen.edge import physics
@@ -34,7 +35,7 @@ def heat_map(view: GridView) -> Figure:
     for h in grid.hardware:
         row = [gains.get((h, b)) for b in grid.backends]
         z.append([math.log2(g.ratio) if g else None for g in row])
-        text.append([f"<b>{g.ratio:.3g}×</b><br>{interval(g)}" if g else "not measured" for g in row])
+        text.append([_label(view, (h, b), g) for b, g in zip(grid.backends, row, strict=True)])
         hover.append([plain(", ".join(view.cells[h, b].run_ids)) if (h, b) in view.cells else ""
                       for b in grid.backends])  # fmt: skip
     data: dict[str, Any] = {
@@ -47,6 +48,12 @@ def heat_map(view: GridView) -> Figure:
              for h, b in grid.holes]  # fmt: skip
     axes = {"xaxis": {"side": "top", "type": "category"}, "yaxis": {"autorange": "reversed", "type": "category"}}
     return {"data": [data], "layout": {"margin": {**MARGIN, "l": 130}, "annotations": holes, **axes}}
+
+
+def _label(view: GridView, cell: tuple[str, str], gain: Ratio | None) -> str:
+    if gain is None:
+        return ""
+    return "<b>1×</b><br>baseline" if cell == view.baseline else f"<b>{gain.ratio:.3g}×</b><br>{interval(gain)}"
 
 
 def slopes(view: GridView) -> Figure:
@@ -74,7 +81,8 @@ def curves(c: Comparison, model: str) -> Figure | None:
     groups: dict[str, list[Run]] = {}
     for run in c.runs:
         if model_of(run) == model and run.scenario.kind in (Kind.SERVER, Kind.CONCURRENCY) and _p99(run) is not None:
-            groups.setdefault(cell_of(fingerprint(run)), []).append(run)
+            name = run.scenario.name.replace("_", " ")  # a server's rate and a concurrency are two curves
+            groups.setdefault(f"{cell_of(fingerprint(run))}, {name}", []).append(run)
     if not any(len({r.scenario.target_qps or r.scenario.concurrency for r in g}) > 1 for g in groups.values()):
         return None
     video = any(r.scenario.clip is not None for g in groups.values() for r in g)

@@ -1,6 +1,6 @@
 """The catalogue of GPUs (`hardware.toml`): recognised by name and memory as probed; what is not in it stays unknown.
 
-    recognise("NVIDIA H100 80GB HBM3", 81559).bandwidth_gbs     3350
+recognise("NVIDIA H100 80GB HBM3", 81559).bandwidth_gbs     3350
 """
 
 from __future__ import annotations

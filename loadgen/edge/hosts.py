@@ -154,7 +154,7 @@ def write_targets(groups: list[dict[str, Any]], path: Path) -> None:
 
 
 def prices(inventory: Inventory, labels: Sequence[str]) -> str:
-    """A price file for `--prices`, by the GPU that each host's label names. Raises UserError for two prices of one GPU."""
+    """A price file for `--prices`, by the GPU that each label names. Raises UserError for two prices of one GPU."""
     found: dict[str, float] = {}
     for host, hardware in zip(inventory.hosts, labels, strict=True):
         if host.price_per_gpu_hour is None:

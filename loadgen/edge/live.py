@@ -135,6 +135,11 @@ class Live:
         self.opened.set()
 
     @property
+    def wanted(self) -> bool:
+        """Is there an endpoint, or will there be one?"""
+        return self._port != "off"
+
+    @property
     def address(self) -> str | None:
         """host:port of the endpoint."""
         return self.endpoint.address if self.endpoint else None
@@ -142,6 +147,7 @@ class Live:
     def begin(self, document: dict[str, Any], scenario: Scenario, scheduled: int, workers: int, folder: Path) -> None:
         """A run begins: what was shown of the one before is gone."""
         self._run = LiveRun(document, scenario, scheduled, workers, folder)
+        self.publish("run", self._run.families())
 
     @property
     def labels(self) -> tuple[str, ...] | None:

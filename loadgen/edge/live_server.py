@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 import sys
 import threading
@@ -134,5 +135,6 @@ def _bound(application: Any, port: int, bind: str) -> WSGIServer:
 
 
 if __name__ == "__main__":
+    os.nice(10)  # behind the load process, which may have put itself ahead of all others
     with suppress(KeyboardInterrupt, ConnectionResetError):
         serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3])

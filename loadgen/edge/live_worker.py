@@ -27,7 +27,7 @@ class WorkerHealth:
         self.lateness, self.lag = Histogram(names.HEALTH_BUCKETS_S), Histogram(names.HEALTH_BUCKETS_S)
         self.read = {"lateness": 0, "lag": 0}
         self.cpu = [(time.monotonic(), time.process_time())]
-        self.greenlet = gevent.spawn(self._watch) if live.endpoint else None
+        self.greenlet = gevent.spawn(self._watch) if live.wanted else None
 
     def stop(self) -> None:
         """Shows the final state."""

@@ -97,7 +97,7 @@ def connect(environment: Environment, **_: Any) -> None:
 def make_live(environment: Environment) -> Live:
     """This process's scrape endpoint, also under /metrics of the web UI. Raises UserError."""
     options, runner = environment.parsed_options, environment.runner
-    telemetry_settings(options).check()
+    telemetry_settings(options)  # bad ones are refused here
     role = {MasterRunner: "master", WorkerRunner: "worker"}.get(type(runner), "local")
     live = Live(options.metrics_port, options.metrics_bind, Path(options.results), role)
     environment.events.quitting.add_listener(lambda **_: live.close())
@@ -107,8 +107,10 @@ def make_live(environment: Environment) -> Live:
 
 
 def telemetry_settings(options: Namespace) -> Settings:
-    """The options of telemetry."""
-    return Settings(options.telemetry, options.telemetry_hz, options.telemetry_gpus, options.server_metrics)
+    """The options of telemetry. Raises UserError."""
+    settings = Settings(options.telemetry, options.telemetry_hz, options.telemetry_gpus, options.server_metrics)
+    settings.check()
+    return settings
 
 
 def claim_resources() -> None:

@@ -91,4 +91,3 @@ def _median_s(work: Callable[[], Any], torch: Any, kind: str) -> float:
             work()
             times.append(time.perf_counter() - begun)
     return float(median(times))
-

@@ -187,15 +187,21 @@ def seal(
         if assess:  # accuracy mode
             summary["accuracy"], more = assess(folder, scenario)
             verdict = replace(verdict, reasons=(*verdict.reasons, *more))
-        sealed = document | measured | {
-            "schema": SCHEMA_VERSION,
-            "scenario": scenario.to_json(),
-            "audit": audit.to_json(),
-            "summary": summary,
-            "verdict": verdict.to_json(),
-            "records": {"rows": pq.read_metadata(partial).num_rows, "sha256": sha256(partial)},
-            "files": {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _UNSEALED},
-        }
+        sealed = (
+            document
+            | measured
+            | {
+                "schema": SCHEMA_VERSION,
+                "scenario": scenario.to_json(),
+                "audit": audit.to_json(),
+                "summary": summary,
+                "verdict": verdict.to_json(),
+                "records": {"rows": pq.read_metadata(partial).num_rows, "sha256": sha256(partial)},
+                "files": {
+                    p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name not in _UNSEALED
+                },
+            }
+        )
         sealed["seal"] = digest(sealed)
         write_json(folder / "run.json.tmp", sealed)
         partial.rename(parquet)

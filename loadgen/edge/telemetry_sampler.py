@@ -27,6 +27,7 @@ from loadgen.edge.telemetry_sources import Exported, Host, Missing, Nvml, expose
 
 SERVER_HZ = 1.0
 EXPORTER_HZ = 2.0  # exporters collect once a second at best; half of the pages then bring nothing new
+SLOW_NS = 100_000_000
 PATIENCE = 5  # failed scrapes in a row with which a source is given up
 
 
@@ -44,7 +45,7 @@ class Lines:
 
 
 def every(hz: float, sample: Callable[[], list[dict[str, Any]]], lines: Lines, name: str) -> None:
-    """Samples on a fixed grid until the source has no more to give. The stamp is the middle of the sampling."""
+    """Samples on a fixed grid until the source has no more to give. The stamp is the middle of a quick sampling."""
     period, failed = 1 / hz, 0
     due = time.monotonic()
     while True:
@@ -56,8 +57,9 @@ def every(hz: float, sample: Callable[[], list[dict[str, Any]]], lines: Lines, n
             if failed >= PATIENCE or "every GPU was lost" in str(missing):
                 lines.write(before, {"source": name, "missing": str(missing)})
                 return
-        if rows:
-            lines.write((before + time.monotonic_ns()) // 2, *rows)
+        after = time.monotonic_ns()
+        if rows:  # a call that hung says nothing of the time in which it did
+            lines.write(after if after - before > SLOW_NS else (before + after) // 2, *rows)
         due = max(due + period, time.monotonic())  # after a stall: no burst of samples to catch up
         time.sleep(max(0.0, due - time.monotonic()))
 
@@ -130,6 +132,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--server", help="Triton's metrics page")
     parser.add_argument("--model", default="")
     options = parser.parse_args(arguments)
+    os.nice(5)  # behind the load process, which may have put itself ahead of all others
     with options.out.open("a") as file:
         lines = Lines(file)
         for name, hz, sample in sources(options, lines):

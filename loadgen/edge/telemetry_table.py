@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def conclude(folder: Path, document: dict[str, Any], scenario: Scenario, summary
         before, after = seen.facts.get("before"), seen.facts.get("after")
         server = server_stats.describe(before, after, seen.tracks, rows, end_ns, decoupled)
         return {"telemetry": telemetry, "server_statistics": server}, cautions
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError) as error:
         for name in (TABLE, SERVER_TABLE):
             (folder / name).unlink(missing_ok=True)
         text = f"telemetry could not be read: {type(error).__name__}: {error}"
@@ -196,8 +196,3 @@ def _host(seen: Seen, end_ns: int) -> dict[str, float] | None:
         return None
     cpu, memory = (np.array(seen.columns["host"][n])[inside] for n in ("cpu_utilisation", "host_memory_used_bytes"))
     return {"mean_cpu_utilisation": float(cpu.mean()), "max_memory_used_bytes": float(memory.max())}
-
-
-def reason_rows(telemetry: dict[str, Any]) -> list[Reason]:
-    """The reasons of a sealed `telemetry` part, as objects again."""
-    return [Reason(**{k: r[k] for k in asdict(Reason("", "", "", ""))}) for r in telemetry.get("reasons", [])]

@@ -16,14 +16,14 @@ COMPILER = {"torch-eager": 1.0, "torch-compile": 1.5, "vllm": 2.5}
 INTERACTION = {("H200", "vllm"): 1.2}
 
 
-def facts(gpu: str, backend: str, run_id: str, **more: Any) -> dict[str, Any]:
+def facts(gpu: str, backend: str, run_id: str) -> dict[str, Any]:
     name, memory, watts = GPUS[gpu]
     return {
         "run_id": run_id, "backend": backend, "precision": "bf16", "exported": {"model": "phi-2", "tp": "1", "seed": "0"},
         "prompts": {"source": "synthetic", "count": 64, "sha256": "abc"},
         "hardware": {"label": f"1x-{name}", "probed": True, "cpu": None,
                      "gpus": [{"name": name, "memory_mib": memory, "driver": "580.1", "power_limit_w": watts}]},
-    } | more  # fmt: skip
+    }  # fmt: skip
 
 
 def one(folder: Path, gpu: str, backend: str, repeat: int = 0, name: str = "single_stream", speed: float | None = None,
@@ -38,7 +38,7 @@ def one(folder: Path, gpu: str, backend: str, repeat: int = 0, name: str = "sing
     scenario = scenarios.resolve(name, "phi-2", "smoke", options)
     run_id = f"{gpu}-{backend}-{name}-{overrides.get('concurrency', '')}{overrides.get('target_qps', '')}r{repeat}"
     return simulate(folder / run_id, scenario, count=count, ttft_ms=50 / factor, tpot_ms=10 / factor, tokens=32, library=64,
-                    seed=seed, failed=failed, document=facts(gpu, backend, run_id, **(document or {})))  # fmt: skip
+                    seed=seed, failed=failed, document=facts(gpu, backend, run_id) | (document or {}))  # fmt: skip
 
 
 def grid(folder: Path, holes: tuple[tuple[str, str], ...] = (), repeats: int = 2, **options: Any) -> list[store.Run]:

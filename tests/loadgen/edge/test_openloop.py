@@ -46,7 +46,7 @@ class Load:
 
     @property
     def run(self) -> store.Run:
-        (folder,) = {p.parent for p in self.results.rglob("*.json")}
+        (folder,) = {p.parent for p in self.results.rglob("*.json") if p.name in ("run.json", "start.json")}
         return store.load(folder)
 
     def rows(self, run: store.Run | None = None):

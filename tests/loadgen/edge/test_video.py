@@ -252,7 +252,9 @@ def test_tritonmark_run_offline(video_server, tmp_path):
     (folder,) = {path.parent for path in tmp_path.rglob("run.json")}
     assert done.returncode in (0, 3), done.stderr
     assert store.load(folder).summary["completed"] == 12
-    checked = subprocess.run([*command[:3], "check", str(folder)], capture_output=True, text=True, timeout=60, check=False)
+    checked = subprocess.run(
+        [*command[:3], "check", str(folder)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert checked.returncode in (0, 3), checked.stdout + checked.stderr
 
 

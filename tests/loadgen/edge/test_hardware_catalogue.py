@@ -1,0 +1,109 @@
+"""GPUs are recognised from what nvidia-smi says; what is unknown stays unknown."""
+
+import pytest
+from fabricated import fabricate
+from grid import one
+
+from loadgen.edge import hardware, hardware_catalogue, physics, report, report_html
+from loadgen.edge.errors import UserError
+from loadgen.edge.hardware_catalogue import catalogue, of_label, of_run, prices, recognise
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "key"),
+    [("NVIDIA H100 80GB HBM3", "81559", "h100-sxm"), ("NVIDIA H200", "143771", "h200-sxm"), ("NVIDIA H100 PCIe", "81559", "h100-pcie"),
+     ("NVIDIA A100-SXM4-40GB", 40960, "a100-sxm-40"), ("Tesla T4", "15360", "t4"), ("NVIDIA GeForce GTX 1080", 8192, "gtx-1080"),
+     ("NVIDIA GeForce GTX 1080 Ti", 11264, "gtx-1080-ti"), ("NVIDIA L4", 23034, "l4"), ("NVIDIA L40S", 46068, "l40s"),
+     ("NVIDIA GH200 480GB", 97871, "gh200-96"), ("NVIDIA B200", 183359, "b200"), ("NVIDIA H100 80GB HBM3", None, "h100-sxm")],
+)  # fmt: skip
+def test_known_gpus(name, mib, key):
+    assert recognise(name, mib).key == key
+
+
+@pytest.mark.parametrize(
+    ("name", "mib"),
+    [
+        ("NVIDIA H200 NVL", 143771),
+        ("NVIDIA RTX 6000 Ada", 49140),
+        ("NVIDIA H100 80GB HBM3", 40000),
+        ("", None),
+        ("H100", "n/a"),
+    ],
+)
+def test_unknown_stays_unknown(name, mib):
+    assert recognise(name, mib) is None
+
+
+def test_figures_are_dense_and_unknown_ones_are_absent():
+    known = catalogue()
+    assert len(known) >= 22
+    assert known["h100-sxm"].peaks["fp8"] == 1979 and known["h200-sxm"].bandwidth_gbs == 4800
+    assert "bf16" not in known["v100-sxm2-16"].peaks and known["gh200-96"].power_w is None
+    assert known["v100-sxm2-16"].peak_flops("bf16") is None and known["t4"].peak_flops("int8") == 65e12
+    assert known["gtx-1080"].supports() == [] and "fp8" in known["l4"].supports()
+    for gpu in known.values():
+        assert gpu.year >= 2016 and gpu.bandwidth_gbs > 0 and set(gpu.peaks) <= set(hardware_catalogue.PEAKS)
+
+
+def test_a_label_of_the_user_is_understood():
+    assert of_label("1x-NVIDIA H100 80GB HBM3").key == "h100-sxm"
+    assert of_label("h200-sxm").key == "h200-sxm" and of_label("H100 SXM").key == "h100-sxm"
+    assert of_label("cpu-x-2-cores") is None
+
+
+def test_gpus_of_several_kinds_are_unknown():
+    gpus = [{"name": "NVIDIA H200", "memory_mib": "143771"}, {"name": "NVIDIA L4", "memory_mib": "23034"}]
+    assert of_run({"hardware": {"label": "mixed", "gpus": gpus}}).gpu is None
+    two = {"hardware": {"label": "x", "gpus": gpus[:1] * 2}, "exported": {"tp": "2"}}
+    assert of_run(two).name == "2x H200 SXM"
+    assert of_run(two).machine("bf16", 2).bandwidth_bytes_s == pytest.approx(9600e9)
+
+
+def test_prices_are_the_users_and_checked(tmp_path):
+    example = hardware_catalogue.DATA / "prices.example.toml"
+    assert prices(example) == ({}, "") and prices(None) == ({}, "")
+    for gpu in catalogue():
+        assert f"\n{gpu} = " in example.read_text()
+    file = tmp_path / "p.toml"
+    file.write_text('currency = "EUR"\n[per_gpu_hour]\nh100-sxm = 2.5\nh200-sxm = ""\n')
+    assert prices(file) == ({"h100-sxm": 2.5}, "EUR")
+    for text, wrong in (("[per_gpu_hour]\nh900 = 1", "no GPU 'h900'"), ("[per_gpu_hour]\nl4 = -1", "above 0"),
+                        ("x = ", "not TOML"), ("a = 1", "no table"), ("[per_gpu_hour]\nl4 = true", "above 0")):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(UserError, match=wrong):
+            prices(file)
+    with pytest.raises(UserError, match="cannot read"):
+        prices(tmp_path / "none")
+
+
+def test_a_roofline_stands_in_every_report_with_its_assumption(tmp_path):
+    run = one(tmp_path, "H100", "torch-eager", scatter=0)
+    works = physics.works(run)
+    assert [w.name for w in works] == ["decode", "prefill"]
+    decode = works[0]
+    tpot = run.summary["tpot_ns"]["mean"] / 1e9
+    context = 7 + 32 / 2
+    assert decode.share == pytest.approx((2 * 2_648_611_840 + context * 327_680) / 3350e9 / tpot)
+    line = physics.lines(run)[0]
+    assert (
+        "one pass over 5.30 GB of weights per token; KV of 23 tokens mean (7.54 MB a stream); 3,350 GB/s by data sheet"
+        in line
+    )
+    assert line in report.markdown([run]).replace("\\", "") and "KV of 23 tokens mean" in report_html.html([run])
+    assert report.as_json([run])["runs"][0]["roofline"][0]["share"] == pytest.approx(decode.share)
+
+
+def test_unknown_hardware_has_no_roofline(tmp_path):
+    run = fabricate(tmp_path)
+    assert physics.lines(run) == [] and "oofline" not in report.markdown([run])
+
+
+def test_a_measured_bandwidth_takes_the_place_of_the_data_sheet(tmp_path):
+    probe = tmp_path / "probe.json"
+    probe.write_text('{"copy_bytes_s": 3.0e12, "matmul_flops_s": {"bf16": 7e14}}')
+    document = hardware.describe("http://10.0.0.1:8000", "h100-sxm", str(probe))
+    machine = of_run({"hardware": document}).machine("bf16")
+    assert (machine.bandwidth_bytes_s, machine.flops_s, machine.source) == (3.0e12, 7e14, "as measured by the probe")
+    probe.write_text('{"copy_bytes_s": 0}')
+    with pytest.raises(UserError, match="is not what"):
+        hardware.describe("http://10.0.0.1:8000", None, str(probe))
