@@ -29,5 +29,5 @@ WORKDIR /tmp
 ENTRYPOINT ["/bin/sh", "/opt/docker/load.sh"]
 CMD ["master"]
 # A worker has no other port than its metrics; the master's are its web page and its metrics.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
     CMD ["python3", "/opt/docker/healthcheck.py", "http://127.0.0.1:9464/metrics"]

@@ -102,6 +102,8 @@ for _ in $(seq 120); do
     # shellcheck disable=SC2086
     states=$(docker inspect -f '{{.State.Health.Status}}' $ids | sort | uniq -c | tr -s ' \n' ' ')
     [[ $states == *starting* ]] || break
+    ended=$(docker ps -a --filter "$LABEL" --filter status=exited --format '{{.Names}} {{.Status}}' | grep -v 'Exited (0)' || true)
+    [ -z "$ended" ] || fail "ended: $ended"
     sleep 2
 done
 compose ps
