@@ -69,7 +69,7 @@ def check_run(path: Path) -> None:
     document = json.loads(path.read_text())
     verdict, owner = document["verdict"], path.stat().st_uid
     print(f"sealed in {path.parent.relative_to(path.parents[5])}: {verdict['headline']}")
-    print(f"hardware {document['hardware']['label']!r}, {document['summary'].get('requests')} requests")
+    print(f"hardware {document['hardware']['label']!r}, {document['records']['rows']} records")
     codes = {reason["code"] for reason in verdict["reasons"]}
     if not verdict["valid"] and not codes <= EXCUSED:
         raise Failed(f"the run is INVALID for {sorted(codes - EXCUSED)}: {verdict}")

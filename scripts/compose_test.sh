@@ -21,6 +21,8 @@ started= images=()
 
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 fail() { printf 'FAILED: %s\n' "$1" >&2; exit 1; }
+# Docker's own listeners only: other programs of this machine come and go.
+sockets() { ss -Hltnp | awk '/"docker-proxy"/ {print $4}' | sort; }
 compose() { if command -v docker-compose >/dev/null; then docker-compose "$@"; else docker compose "$@"; fi; }
 
 cleanup() {
@@ -88,7 +90,7 @@ mkdir "$RESULTS"
 chown "$RUN_UID:$RUN_GID" "$RESULTS"
 LOCUST_PASSWORD=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
 export LOCUST_PASSWORD
-ss -Hltn | awk '{print $4}' | sort >"$work/before"
+sockets >"$work/before"
 
 say "refused: exposed without a password"
 refusal=$(BIND=0.0.0.0 LOCUST_PASSWORD='' compose run --rm --no-deps locust-master master 2>&1) && fail "it started"
@@ -117,7 +119,8 @@ docker inspect -f '{{.Name}} user={{.Config.User}} read_only={{.HostConfig.Reado
     $(docker ps -q --filter "$LABEL") | tee "$work/hardening"
 grep -v 'read_only=true drop=\[ALL\] \[no-new-privileges:true\] privileged=false' "$work/hardening" && fail "a container is not hardened"
 grep -E 'user=(0|root|)[: ]' "$work/hardening" && fail "a container runs as root"
-ss -Hltn | awk '{print $4}' | sort | comm -13 "$work/before" - | tee "$work/new"
+sockets | comm -13 "$work/before" - | tee "$work/new"
+[ -s "$work/new" ] || fail "no published port was seen"
 grep -v '^127\.0\.0\.1:' "$work/new" && fail "a port is open to others"
 docker exec "$(docker ps -q --filter "$LABEL" --filter label=com.docker.compose.service=cpu-server)" \
     sh -c 'touch /models/x' 2>/dev/null && fail "the server may write its model repository"
@@ -132,5 +135,5 @@ compose down --volumes --remove-orphans --timeout 60
 left=$(docker ps -aq --filter "$LABEL"; docker volume ls -q --filter "$LABEL"; docker network ls -q --filter "$LABEL")
 [ -z "$left" ] || fail "left behind: $left"
 while read -r pid; do [ ! -e "/proc/$pid" ] || fail "process $pid is left"; done <"$work/pids"
-ss -Hltn | awk '{print $4}' | sort | comm -13 "$work/before" - | { ! grep . || fail "a port is still open"; }
+sockets | comm -13 "$work/before" - | { ! grep . || fail "a port is still open"; }
 say "passed: no container, volume, network, process or port is left"
