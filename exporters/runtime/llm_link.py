@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -256,10 +257,11 @@ def main() -> None:
     fcntl.flock(alive, fcntl.LOCK_EX)  # an engine that is just ending still holds the device's memory
     (base / "engine").unlink(missing_ok=True)
     started = time.monotonic()
+    ranks = None
     try:
         if order["settings"].get("engine") == "batching" and order["settings"]["tp"] > 1:
-            llm_ranks = importlib.import_module("llm_ranks")
-            llm_ranks.lead(order)
+            ranks = importlib.import_module("llm_ranks")
+            others = ranks.lead(order)
         module, name = ENGINES[order["settings"]["engine"]]
         engine_class = getattr(importlib.import_module(module), name)
 
@@ -276,11 +278,17 @@ def main() -> None:
     guests[0].serve(engine)
     say("ready")
     talk.close()
+    code = 1
     try:
         engine.run()
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        if ranks is not None:
+            ranks.name_ended(others, 1.0)
     finally:
         shutil.rmtree(base, ignore_errors=True)
-        os._exit(0 if sys.exc_info()[0] is None else 1)  # daemon threads may hold the interpreter up
+        os._exit(code)  # daemon threads may hold the interpreter up
 
 
 if __name__ == "__main__":

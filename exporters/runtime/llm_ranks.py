@@ -35,7 +35,7 @@ STYLES: dict[str, Callable] = {  # transformers' names of what to do with a laye
 WHOLE = ("embedding_rowwise",)  # may be shared out, and is cheap enough to keep whole
 
 
-def lead(order: dict) -> None:
+def lead(order: dict) -> list[subprocess.Popen]:
     """In rank 0, before the model is loaded: start the other ranks with the same `order` and watch them."""
     count = order["settings"]["tp"]
     with socket.socket() as probe:
@@ -53,18 +53,25 @@ def lead(order: dict) -> None:
         process.stdin.close()
         others.append(process)
     threading.Thread(target=_watch, args=(others,), daemon=True).start()
+    return others
 
 
 def _watch(others: list[subprocess.Popen]) -> None:
+    while not name_ended(others, 0.5):
+        pass
+    os._exit(1)  # the group would wait for it for minutes
+
+
+def name_ended(others: list[subprocess.Popen], timeout_s: float) -> bool:
+    """Say which rank has ended, if one does within `timeout_s`: a broken group is only what follows from that."""
+    deadline = time.monotonic() + timeout_s
     while True:
-        time.sleep(0.5)
-        for rank, process in enumerate(others, 1):
-            if process.poll() is not None:
-                # The group would wait for it for minutes.
-                print(
-                    f"rank {rank} ended with code {process.returncode}; see the log above", file=sys.stderr, flush=True
-                )
-                os._exit(1)
+        ended = [(rank, process) for rank, process in enumerate(others, 1) if process.poll() is not None]
+        for rank, process in ended:
+            print(f"rank {rank} ended with code {process.returncode}; see the log above", file=sys.stderr, flush=True)
+        if ended or time.monotonic() > deadline:
+            return bool(ended)
+        time.sleep(0.05)
 
 
 def rank_device(device: str) -> str:

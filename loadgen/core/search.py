@@ -202,7 +202,7 @@ class _Search:
         full = seconds is None
         length = self.plan.full_length_s(rate) if seconds is None else seconds
         for _ in range(2):
-            reserve = 0.0 if full else self._cost_s(rate)  # a short probe must leave room for a confirmation
+            reserve = self._reserve_s(rate, full)
             if sum(o.cost_s for o in self.seen) + self._cost_s(rate, seconds) + reserve > self.plan.budget_s:
                 raise _StopError("budget", "the budget ended before the boundary was narrowed down")
             seen = yield Probe(rate, length, full, purpose)
@@ -212,6 +212,13 @@ class _Search:
             if seen.outcome is not Outcome.CLIENT:
                 return seen.outcome
         raise _StopError("client", f"twice at {rate:g}: {seen.reason}")
+
+    def _reserve_s(self, rate: float, full: bool) -> float:
+        """What has to be left for one run that confirms, while no rate is confirmed and a lower one may be."""
+        if not full:
+            return self._cost_s(rate)
+        hope = self.passed(full=False) if self.passed() is None else None
+        return self._cost_s(hope) if hope is not None and hope < rate else 0.0
 
     # The parts of a search
 

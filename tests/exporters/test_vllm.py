@@ -200,13 +200,14 @@ def answer(engine, wanted):
                 error[output.request_id] = output.error
     return got, error
 said = {{"leads": [first.leads, second.leads]}}
+first.submit("gone", [100], prompt(max_tokens=100000))
+while not first.results(0.5):
+    assert not first.failure(), first.failure()
 first.submit("a", [1, 7], prompt())
 second.submit("b", [1, 20], prompt(max_tokens=3))
 first.submit("stop", [1, 48], prompt(ignore_eos=False, max_tokens=9))
 first.submit("late stop", [1, 48], prompt(ignore_eos=False, max_tokens=9, min_tokens=4))
 first.submit("bad", [13], prompt())
-first.submit("gone", [100], prompt(max_tokens=100000))
-time.sleep(0.3)
 first.cancel("gone")
 said["first"] = answer(first, {{"a", "stop", "late stop", "bad"}})
 said["second"] = answer(second, {{"b"}})

@@ -226,6 +226,21 @@ def test_the_budget_is_kept_and_the_best_confirmed_rate_is_returned(budget_s):
     assert done.rate is not None or budget_s < 60
 
 
+@pytest.mark.parametrize("budget_s", range(30, 90, 5))
+def test_a_budget_too_small_to_narrow_down_still_confirms_what_short_probes_passed(budget_s):
+    """A short run can't tell at 18 and passes at 9; full runs fail above 10 and take long, since their queue drains."""
+
+    def server(probe, _):
+        if not probe.full:
+            return (Outcome.PASS if probe.rate <= 9 else Outcome.UNSURE), 5.0, 10
+        return (Outcome.PASS, 7.0, 30) if probe.rate <= 10 else (Outcome.FAIL, 9.0, 30)
+
+    plan = Plan(start=9, least=0.01, most=1e5, full_s=3, probe_s=1, budget_s=budget_s)
+    done, made = search(server, plan)
+    assert done.rate is not None and done.rate >= 8, (done, made)
+    assert sum(o.cost_s for o in made) <= budget_s + 2  # a run that fails takes longer than one that passed
+
+
 def test_a_resumed_search_makes_the_same_probes():
     whole = search(Queue(3))
     for cut in range(0, len(whole[1]), 3):
