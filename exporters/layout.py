@@ -16,12 +16,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from exporters.errors import UserError
 
+RUNTIME = Path(__file__).with_name("runtime")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 STAGING_PREFIX = ".staging-"
 MANIFEST = "manifest.json"
@@ -49,6 +50,13 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         hashes[relative] = {"sha256": digest, "size_bytes": path.stat().st_size}
     return hashes
+
+
+def copy_runtime(version: Path, model: str, names: Iterable[str]) -> None:
+    """`runtime/<model>.py` as `version/model.py`, and the modules `names` beside it under their own names."""
+    shutil.copyfile(RUNTIME / f"{model}.py", version / "model.py")
+    for name in names:
+        shutil.copyfile(RUNTIME / f"{name}.py", version / f"{name}.py")
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

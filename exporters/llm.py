@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from exporters.config_pbtxt import ModelConfig, Tensor
 from exporters.errors import UserError
+from exporters.layout import copy_runtime
 from exporters.registry import Order, exporter
 from exporters.weights import SYNTHETIC, Written, write_pretrained, write_synthetic
 
-RUNTIME = Path(__file__).with_name("runtime")
-SHARED_FILES = ("llm_quantised", "llm_request", "llm_sampling", "llm_settings", "llm_text", "llm_weights")
 EIGHT_BIT = ("fp8", "int8")
-EAGER_FILES = ("llm_engine", "llm_link", "llm_ranks")
-COMPILE_FILES = ("llm_compile", "llm_kernel", "llm_link", "llm_paged", "llm_slots", "llm_steps")
+SERVED_FILES = (  # on Triton's side, whatever computes
+    "llm_link", "llm_request", "llm_settings", "llm_text", "request_fields", "settings_file", "triton_model",
+)  # fmt: skip
+ENGINE_FILES = ("llm_quantised", "llm_sampling", "llm_weights")
+EAGER_FILES = ("llm_engine", "llm_ranks")
+COMPILE_FILES = ("llm_compile", "llm_kernel", "llm_paged", "llm_slots", "llm_steps")
 INPUTS = (
     Tensor("text_input", "TYPE_STRING", optional=True),  # optional, so that the runtime can say what is missing
     Tensor("max_tokens", "TYPE_INT32", optional=True),
@@ -64,9 +66,7 @@ def _python_model(order: Order, version: Path, engine: str, files: tuple[str, ..
         written = write_synthetic(order.model, order.precision, order.seed, weights)
     else:
         written = write_pretrained(order.model, order.precision, order.weights, weights)
-    shutil.copyfile(RUNTIME / "llm_model.py", version / "model.py")
-    for name in (*SHARED_FILES, *files):
-        shutil.copyfile(RUNTIME / f"{name}.py", version / f"{name}.py")
+    copy_runtime(version, "llm_model", (*SERVED_FILES, *ENGINE_FILES, *files))
     settings = runtime_settings(order, written) | {"engine": engine}
     (version / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return ModelConfig(

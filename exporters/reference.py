@@ -14,12 +14,12 @@ import re
 from pathlib import Path
 
 from exporters.errors import UserError
+from exporters.layout import RUNTIME
 from exporters.weights import CORPUS, import_path
 
 NAME = "reference.jsonl"
 TOKENS = 32  # of each answer
 ALTERNATIVES = 4  # of each token
-RUNTIME = Path(__file__).with_name("runtime")
 
 
 def prompts(count: int, source: Path | None = None) -> list[str]:

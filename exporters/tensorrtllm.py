@@ -20,12 +20,13 @@ from exporters import preflight, trtllm_plan
 from exporters.catalogue import Model
 from exporters.config_pbtxt import ModelConfig
 from exporters.errors import UserError
+from exporters.layout import copy_runtime
 from exporters.registry import Order, exporter
 from exporters.trtllm_build import default_cache, place, run_steps, work_folder
 from exporters.trtllm_config import checkpoint_config
 from exporters.trtllm_images import ENGINES, LLMAPI, Image, least_driver, pick, table
 from exporters.trtllm_repository import PARTS, fill, fillings, front, launch_command
-from exporters.vllm import check_served_from, copy_runtime, outline, python_model
+from exporters.vllm import LIBRARY_FILES, check_served_from, outline, python_model
 from exporters.weights import HUB, SYNTHETIC
 
 LLMAPI_PRECISIONS = ("bf16", "fp16")  # fp8 and less need a checkpoint that was quantised before
@@ -96,7 +97,7 @@ def export_tensorrtllm_llmapi(order: Order, version: Path) -> ModelConfig:
     """`tensorrt_llm.LLM` behind this project's own model.py; the same requests and responses as torch-eager."""
     pick(LLMAPI, order.model.model_class, None)
     _, settings = outline(order, version)
-    copy_runtime(version, "trtllm_engine")
+    copy_runtime(version, "llm_model", (*LIBRARY_FILES, "trtllm_engine"))
     settings["max_context"] = trtllm_plan.context(order)
     settings |= {"engine": "tensorrtllm", "device": "cuda", "quantisation": None, "image": order.build.image or None}
     settings["engine_arguments"] = llmapi_arguments(order, settings["max_context"])

@@ -6,25 +6,20 @@ All three share one runtime; they differ in how the diffusion transformer runs (
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from exporters.catalogue import Model
 from exporters.config_pbtxt import ModelConfig, Tensor
 from exporters.errors import UserError
+from exporters.layout import RUNTIME, copy_runtime
 from exporters.registry import Order, exporter
 from exporters.weights import CORPUS, HUB, SYNTHETIC, import_path
 
-RUNTIME = Path(__file__).with_name("runtime")
-RUNTIME_FILES = {
-    "video_model.py": "model.py",
-    "video_engine.py": "video_engine.py",
-    "video_output.py": "video_output.py",
-    "video_request.py": "video_request.py",
-    "video_tensorrt.py": "video_tensorrt.py",
-    "video_weights.py": "video_weights.py",
-}
+RUNTIME_FILES = (
+    "request_fields", "settings_file", "triton_model", "video_engine", "video_output", "video_request",
+    "video_tensorrt", "video_weights",
+)  # fmt: skip
 NETWORKS = ("transformer", "vae", "text_encoder")
 TOKENIZER_SIZE = 2048  # ids of the trained substitute, the two special ones included
 PAD, END = "<pad>", "</s>"  # T5's own special tokens, with T5's ids 0 and 1
@@ -85,8 +80,7 @@ def _python_model(order: Order, version: Path, mode: str) -> ModelConfig:
     folder = version / "weights"
     folder.mkdir()
     source = write_weights(order, folder)
-    for name, target in RUNTIME_FILES.items():
-        shutil.copyfile(RUNTIME / name, version / target)
+    copy_runtime(version, "video_model", RUNTIME_FILES)
     settings = {
         "model": order.model.name,
         "family": order.model.family,

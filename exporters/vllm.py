@@ -8,19 +8,18 @@ several instances of the model in front of it.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from exporters.catalogue import Model
 from exporters.config_pbtxt import ModelConfig
 from exporters.errors import UserError
-from exporters.llm import INPUTS, OUTPUTS, runtime_settings
+from exporters.layout import copy_runtime
+from exporters.llm import INPUTS, OUTPUTS, SERVED_FILES, runtime_settings
 from exporters.registry import Order, exporter
 from exporters.weights import HUB, HUB_ARCHITECTURES, SYNTHETIC, Written, write_outline, write_synthetic
 
-RUNTIME = Path(__file__).with_name("runtime")
-SHARED_FILES = ("async_engine", "llm_link", "llm_request", "llm_settings", "llm_text")
+LIBRARY_FILES = (*SERVED_FILES, "async_engine")  # a library with a batch loop of its own behind model.py
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "bfloat16"}
 STORED = {"fp8": "bf16"}  # what the weights on disk are in, where that differs
 QUANTIZATION = {"fp8": "fp8"}  # weights are quantised while they are loaded; needs compute capability 8.9
@@ -61,20 +60,13 @@ def export_vllm_python(order: Order, version: Path) -> ModelConfig:
     """The vLLM library behind this project's own model.py; the same requests and responses as torch-eager."""
     written, settings = outline(order, version)
     where = "" if written.source["kind"] == SYNTHETIC else _source(order, "")
-    copy_runtime(version, "vllm_engine")
+    copy_runtime(version, "llm_model", (*LIBRARY_FILES, "vllm_engine"))
     arguments = engine_arguments(order, where, settings["max_context"])
     arguments["skip_tokenizer_init"] = True  # model.py encodes and decodes
     settings |= {"engine": "vllm", "device": "cuda", "quantisation": QUANTIZATION.get(order.precision)}
     settings |= {"engine_arguments": arguments}
     (version / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return python_model(order)
-
-
-def copy_runtime(version: Path, engine: str) -> None:
-    """model.py and the modules beside it, with `engine` as the one that computes."""
-    shutil.copyfile(RUNTIME / "llm_model.py", version / "model.py")
-    for name in (*SHARED_FILES, engine):
-        shutil.copyfile(RUNTIME / f"{name}.py", version / f"{name}.py")
 
 
 def python_model(order: Order) -> ModelConfig:

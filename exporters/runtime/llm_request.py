@@ -1,14 +1,12 @@
-"""What a client asks for, read and checked. Runs inside Triton beside model.py; imports nothing of this project.
-
-Every field may come as an input tensor or as a request parameter of the same name; the tensor wins.
-"""
+"""What a client asks of a language model. Runs inside Triton beside model.py; imports nothing of this project."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
+
+from request_fields import BadRequestError, convert, text_of
 
 DEFAULTS: dict[str, Any] = {
     "max_tokens": None,  # filled from the settings
@@ -21,14 +19,10 @@ DEFAULTS: dict[str, Any] = {
     "stream": False,
     "return_token_ids": False,
 }
-_KINDS: dict[str, type] = {
+KINDS: dict[str, type] = {
     "max_tokens": int, "min_tokens": int, "ignore_eos": bool, "temperature": float,
     "top_k": int, "top_p": float, "seed": int, "stream": bool, "return_token_ids": bool,
 }  # fmt: skip
-
-
-class BadRequestError(ValueError):
-    """The client's fault. The message is one line: which field, what is wrong with it, what is allowed."""
 
 
 @dataclass(slots=True)
@@ -61,49 +55,17 @@ class Output:
     error: str | None = None
 
 
-def read_request(request) -> dict[str, Any]:
-    """All fields of a Triton request as Python values, without any check."""
-    fields: dict[str, Any] = {}
-    parameters = request.parameters()
-    if parameters and parameters != "{}":
-        fields.update((key, value) for key, value in json.loads(parameters).items() if key in _KINDS)
-    for tensor in request.inputs():
-        values = tensor.as_numpy().reshape(-1)
-        if values.size != 1:
-            raise BadRequestError(f"{tensor.name()} has {values.size} elements; send exactly one")
-        fields[tensor.name()] = values[0] if values.dtype == object else values[0].item()
-    return fields
-
-
 def parse_prompt(fields: dict[str, Any], default_max_tokens: int, max_context: int) -> Prompt:
     """Check `fields` and fill in the defaults; raises BadRequestError."""
-    text = fields.get("text_input")
-    if text is None:
-        raise BadRequestError("text_input is missing; send the prompt as a STRING of shape [1]")
-    if isinstance(text, bytes):
-        try:
-            text = text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRequestError(f"text_input is not UTF-8 (byte {error.start})") from None
+    text = text_of("text_input", fields.get("text_input"))
     if not text:
-        raise BadRequestError("text_input is empty; send at least one character")
-    values = {name: _convert(name, fields.get(name), default) for name, default in DEFAULTS.items()}
+        raise BadRequestError("text_input is missing or empty; send the prompt as a STRING of shape [1]")
+    values = {name: convert(name, fields.get(name), KINDS[name], default) for name, default in DEFAULTS.items()}
     if values["max_tokens"] is None:
         values["max_tokens"] = default_max_tokens
     prompt = Prompt(text=text, **values)
     _check(prompt, max_context)
     return prompt
-
-
-def _convert(name: str, value: Any, default: Any) -> Any:
-    if value is None:
-        return default
-    kind = _KINDS[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = isinstance(value, bool) if kind is bool else is_number
-    if not fits or (kind is int and value != int(value)):
-        raise BadRequestError(f"{name} is {value!r}; it must be of type {kind.__name__}")
-    return kind(value)
 
 
 def _check(prompt: Prompt, max_context: int) -> None:

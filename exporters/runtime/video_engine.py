@@ -11,7 +11,6 @@ to be named in the parameter `tritonmark.work`, or the model refuses to load.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import resource
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import CogVideoXPipeline
+from settings_file import read_file
 from video_request import ClipOrder
 from video_weights import load_parts
 
@@ -196,18 +196,9 @@ def work_of(settings: dict) -> str:
 
 
 def read_settings(folder: Path, overrides: dict[str, str]) -> dict:
-    """`settings.json` beside model.py; `overrides`, the parameters of config.pbtxt, win where the name is known.
-
-    Raises ValueError in one line for a value that is not allowed, and for other work that is not labelled as such.
-    """
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    for name, text in overrides.items():
-        if name in settings:
-            kind = type(settings[name])
-            try:
-                settings[name] = text if kind is str else kind(json.loads(text.lower() if kind is bool else text))
-            except (ValueError, TypeError):
-                raise ValueError(f"config.pbtxt: parameter {name} is {text!r}, not a {kind.__name__}") from None
+    """As settings_file.read_file; a value that is not allowed, and other work that is not labelled as such, are a
+    ValueError of one line."""
+    settings = read_file(folder, overrides)
     for name, allowed in (("transformer_mode", MODES), ("quantisation", QUANTISATIONS), ("step_cache", STEP_CACHES)):
         if settings[name] not in allowed:
             raise ValueError(

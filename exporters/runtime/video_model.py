@@ -18,22 +18,20 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import locale
 import queue
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
+from request_fields import read_request
+from triton_model import DRAIN_S, FINAL, DecoupledModel, device_of, number, parameters, refuse, seconds, text
 from video_engine import CancelledError, Clip, Engine, read_settings, use_compile_cache, work_of
 from video_output import mp4, sheet
-from video_request import BadRequestError, ClipOrder, check_tokens, parse_order, read_request
+from video_request import KINDS, ClipOrder, check_tokens, parse_order
 
-WATCH_PERIOD_S = 0.25  # how soon a client that went away is noticed, and how fresh the metrics are
-DRAIN_S = 20.0  # how long `finalize` waits for open requests
 METRICS = (
     ("running", "GAUGE", "tritonmark_requests_running", "Clips being made: 0 or 1"),
     ("waiting", "GAUGE", "tritonmark_requests_waiting", "Requests waiting for their turn"),
@@ -60,8 +58,10 @@ class OpenRequest:
         self.gone = self.started = False
 
 
-class TritonPythonModel:
+class TritonPythonModel(DecoupledModel):
     """See the module. Triton calls initialize once, execute for new requests, finalize before unloading."""
+
+    METRICS = METRICS
 
     def initialize(self, args: dict) -> None:
         """Load the model and make one step of a clip; any exception here is the reason that Triton logs."""
@@ -69,9 +69,8 @@ class TritonPythonModel:
         with contextlib.suppress(locale.Error):
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         folder = Path(__file__).resolve().parent
-        parameters = json.loads(args["model_config"]).get("parameters", {})
-        self.settings = read_settings(folder, {key: value["string_value"] for key, value in parameters.items()})
-        device, started = _device(self.settings["device"], args), time.monotonic()
+        self.settings = read_settings(folder, parameters(args))
+        device, started = device_of(self.settings["device"], args), time.monotonic()
         self._tell = lambda text: pb_utils.Logger.log_info(f"{args['model_name']}: {text}")
         self.engine = Engine(folder / "weights", self.settings, device, use_compile_cache(folder))
         self._tell(f"{self.settings['precision']} weights on {device} after {time.monotonic() - started:.1f} s")
@@ -81,28 +80,9 @@ class TritonPythonModel:
         self._waiting: queue.Queue[OpenRequest] = queue.Queue()
         self._open: set[OpenRequest] = set()
         self._running = 0
-        self._tally = {name: 0.0 for name, kind, *_ in METRICS if kind == "COUNTER"}
         self._peak_memory = 0
-        self._lock = threading.Lock()  # guards _open, _tally and _stopping
-        self._stopping = False
-        self._busy, self._ended = threading.Event(), threading.Event()
-        # The families are kept too: Triton drops the metrics of a family that is garbage.
-        self._families, self._metrics = _metrics({"model": args["model_name"], "version": args["model_version"]})
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._work, self._watch)]
-        for thread in self._threads:
-            thread.start()
+        self._start(args, self._work)
         self._tell(f"ready in {time.monotonic() - started:.1f} s, {torch.get_num_threads()} threads")
-
-    def execute(self, requests: list) -> None:
-        """Check and queue; answers come from `_work`. No exception leaves this method."""
-        for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._accept(request, sender)
-            except BadRequestError as error:
-                _refuse(sender, str(error), pb_utils.TritonError.INVALID_ARG)
-            except Exception as error:
-                _refuse(sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
 
     def finalize(self) -> None:
         """Let open requests finish for a while, then end the threads and fail the rest."""
@@ -119,10 +99,10 @@ class TritonPythonModel:
             thread.join(timeout=10.0)
         for entry in list(self._open):
             if self._close(entry):
-                _refuse(entry.sender, "the model is being unloaded", pb_utils.TritonError.UNAVAILABLE)
+                refuse(entry.sender, "the model is being unloaded", pb_utils.TritonError.UNAVAILABLE)
 
     def _accept(self, request, sender) -> None:
-        order = parse_order(read_request(request), self.settings)
+        order = parse_order(read_request(request, KINDS), self.settings)
         tokens = self.engine.count_tokens(order.text)
         check_tokens("text_input", tokens, self.engine.text_limit)
         if order.negative_prompt:
@@ -134,7 +114,7 @@ class TritonPythonModel:
                 reason = "the model is being unloaded"
                 if full:
                     reason = f"{len(self._open)} requests are open already (parameter max_queue); send fewer at once"
-                return _refuse(sender, reason, pb_utils.TritonError.UNAVAILABLE)
+                return refuse(sender, reason, pb_utils.TritonError.UNAVAILABLE)
             self._open.add(entry)
         self._waiting.put(entry)
         self._busy.set()
@@ -167,19 +147,19 @@ class TritonPythonModel:
             except Exception as error:  # out of memory, say: this clip fails, the next may not
                 pb_utils.Logger.log_error(f"a clip failed: {type(error).__name__}: {error}")
                 if self._close(entry):
-                    _refuse(entry.sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
+                    refuse(entry.sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)
             finally:
                 self._running = 0
 
     def _make(self, entry: OpenRequest) -> None:
         queued_s, steps = time.monotonic() - entry.arrived, entry.order.num_inference_steps
 
-        def on_step(step: int, seconds: float) -> None:
+        def on_step(step: int, took_s: float) -> None:
             if entry.gone:
                 raise CancelledError
             self._count(steps=1 if step else 0)
             if entry.order.stream:
-                tensors = [_number("step", step), _number("steps", steps), _seconds("step_s", seconds)]
+                tensors = [number("step", step), number("steps", steps), seconds("step_s", took_s)]
                 entry.sender.send(pb_utils.InferenceResponse(tensors))
 
         clip = self.engine.generate(entry.order, on_step)
@@ -193,42 +173,26 @@ class TritonPythonModel:
         }  # fmt: skip
         frames, height, width = clip.frames.shape[:3]
         tensors = [
-            _text("finish_reason", "complete"), _number("num_output_frames", frames), _number("height", height),
-            _number("width", width), _number("num_input_tokens", entry.tokens), _number("steps", steps),
-            *(_seconds(name, value) for name, value in times.items()), _text("work", self.work),
+            text("finish_reason", "complete"), number("num_output_frames", frames), number("height", height),
+            number("width", width), number("num_input_tokens", entry.tokens), number("steps", steps),
+            *(seconds(name, value) for name, value in times.items()), text("work", self.work),
             pb_utils.Tensor("peak_memory_bytes", np.array([clip.peak_memory_bytes], dtype=np.int64)), *answer,
         ]  # fmt: skip
         self._peak_memory = clip.peak_memory_bytes
         self._count(clips=1, frames=frames, text_encode=clip.text_encode_s, denoise=times["denoise_s"],
                     vae_decode=clip.vae_decode_s)  # fmt: skip
         if self._close(entry):
-            entry.sender.send(pb_utils.InferenceResponse(tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            entry.sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
 
     def _say_cancelled(self, entry: OpenRequest) -> None:
         """The final response of a request that the caller has closed."""
         self._count(cancelled=1)
-        tensors = [_text("finish_reason", "cancelled"), _number("num_output_frames", 0)]
-        entry.sender.send(pb_utils.InferenceResponse(tensors), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        tensors = [text("finish_reason", "cancelled"), number("num_output_frames", 0)]
+        entry.sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
 
-    def _count(self, **amounts: float) -> None:
-        with self._lock:
-            for name, amount in amounts.items():
-                self._tally[name] += amount
-
-    def _watch(self) -> None:
-        """Mark requests whose client went away, publish the metrics; sleeps while nothing is open."""
-        while not self._ended.is_set():
-            self._busy.wait()
-            self._ended.wait(WATCH_PERIOD_S)
-            self._busy.clear()
-            try:
-                self._drop_cancelled()
-                busy = self._publish()
-            except Exception as error:  # this thread must outlive a single bad look
-                pb_utils.Logger.log_error(f"watching failed: {type(error).__name__}: {error}")
-                busy = True
-            if busy or self._open:
-                self._busy.set()
+    def _look(self) -> bool:
+        self._drop_cancelled()
+        return self._publish() or bool(self._open)
 
     def _drop_cancelled(self) -> None:
         for entry in list(self._open):
@@ -245,31 +209,10 @@ class TritonPythonModel:
     def _publish(self) -> bool:
         """Set gauges and counters; True while a clip is made or waits, or something was counted."""
         with self._lock:
-            tally, self._tally = self._tally, dict.fromkeys(self._tally, 0.0)
             waiting = len(self._open) - self._running
         for name, value in zip(GAUGES, (self._running, max(waiting, 0), self._peak_memory), strict=True):
             self._metrics[name].set(value)
-        for name, amount in tally.items():
-            if amount:
-                self._metrics[name].increment(amount)
-        return bool(self._running or any(tally.values()))
-
-
-def _device(wanted: str, args: dict) -> str:
-    """The torch device of this instance: `auto` follows Triton's placement where torch can."""
-    if wanted != "auto":
-        return wanted
-    if args["model_instance_kind"] == "GPU" and torch.cuda.is_available():
-        return f"cuda:{args['model_instance_device_id']}"
-    return "cpu"
-
-
-def _metrics(labels: dict) -> tuple[list, dict]:
-    families, metrics = [], {}
-    for name, kind, family, description in METRICS:
-        families.append(pb_utils.MetricFamily(family, description, getattr(pb_utils.MetricFamily, kind)))
-        metrics[name] = families[-1].Metric(labels=labels)
-    return families, metrics
+        return self._publish_tally() or bool(self._running)
 
 
 def _payload(clip: Clip, order: ClipOrder) -> list:
@@ -279,21 +222,4 @@ def _payload(clip: Clip, order: ClipOrder) -> list:
     if order.output == "none":
         return []
     encoded = sheet(clip.frames) if order.output == "sheet" else mp4(clip.frames, order.fps)
-    return [_text("video", base64.b64encode(encoded).decode("ascii"))]
-
-
-def _text(name: str, text: str):
-    return pb_utils.Tensor(name, np.array([text.encode("utf-8")], dtype=object))
-
-
-def _number(name: str, value: int):
-    return pb_utils.Tensor(name, np.array([value], dtype=np.int32))
-
-
-def _seconds(name: str, value: float):
-    return pb_utils.Tensor(name, np.array([value], dtype=np.float64))
-
-
-def _refuse(sender, message: str, code: int) -> None:
-    error = pb_utils.TritonError(message, code)
-    sender.send(pb_utils.InferenceResponse([], error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    return [text("video", base64.b64encode(encoded).decode("ascii"))]

@@ -1,15 +1,11 @@
-"""What a client asks of a video model, read and checked. Runs inside Triton beside model.py; imports nothing of this
-project.
-
-Every field may come as an input tensor or as a request parameter of the same name; the tensor wins.
-"""
+"""What a client asks of a video model, checked. Runs inside Triton beside model.py; imports nothing of this project."""
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from typing import Any
+
+from request_fields import BadRequestError, convert, text_of
 
 OUTPUTS = ("sheet", "mp4", "tensor", "none")
 SPATIAL = 16  # pixels: the VAE makes 8 of one latent, the transformer takes patches of 2 x 2 latents
@@ -18,10 +14,6 @@ KINDS: dict[str, type] = {
     "seed": int, "num_frames": int, "height": int, "width": int, "num_inference_steps": int,
     "guidance_scale": float, "fps": int, "output": str, "negative_prompt": str, "stream": bool,
 }  # fmt: skip
-
-
-class BadRequestError(ValueError):
-    """The client's fault. The message is one line: which field, what is wrong with it, what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +37,9 @@ class ClipOrder:
         return self.guidance_scale > 1
 
 
-def read_request(request) -> dict[str, Any]:
-    """All fields of a Triton request as Python values, without any check."""
-    fields: dict[str, Any] = {}
-    parameters = request.parameters()
-    if parameters and parameters != "{}":
-        fields.update((key, value) for key, value in json.loads(parameters).items() if key in KINDS)
-    for tensor in request.inputs():
-        values = tensor.as_numpy().reshape(-1)
-        if values.size != 1:
-            raise BadRequestError(f"{tensor.name()} has {values.size} elements; send exactly one")
-        fields[tensor.name()] = values[0] if values.dtype == object else values[0].item()
-    return fields
-
-
 def parse_order(fields: dict[str, Any], settings: dict) -> ClipOrder:
     """Check `fields` and fill in the defaults of `settings`; raises BadRequestError."""
-    text = _text("text_input", fields.get("text_input"))
+    text = text_of("text_input", fields.get("text_input"))
     if not text:
         raise BadRequestError("text_input is missing or empty; send the prompt as a STRING of shape [1]")
     defaults = {
@@ -69,7 +47,8 @@ def parse_order(fields: dict[str, Any], settings: dict) -> ClipOrder:
         "num_frames": settings["num_frames"], "height": settings["height"], "width": settings["width"],
         "num_inference_steps": settings["num_inference_steps"], "guidance_scale": settings["guidance_scale"],
     }  # fmt: skip
-    order = ClipOrder(text, **{name: _convert(name, fields.get(name), value) for name, value in defaults.items()})
+    values = {name: convert(name, fields.get(name), KINDS[name], default) for name, default in defaults.items()}
+    order = ClipOrder(text, **values)
     _check(order, settings)
     return order
 
@@ -78,32 +57,6 @@ def check_tokens(name: str, tokens: int, limit: int) -> None:
     """The text encoder sees `limit` tokens; more would be cut off without a word."""
     if tokens > limit:
         raise BadRequestError(f"{name} has {tokens} tokens; the model reads {limit}")
-
-
-def _text(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRequestError(f"{name} is not UTF-8 (byte {error.start})") from None
-    if not isinstance(value, str):
-        raise BadRequestError(f"{name} is {value!r}; it must be a text")
-    return value
-
-
-def _convert(name: str, value: Any, default: Any) -> Any:
-    if value is None:
-        return default
-    kind = KINDS[name]
-    if kind is str:
-        return _text(name, value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    fits = isinstance(value, bool) if kind is bool else is_number
-    if not fits or (kind is int and value != int(value)):
-        raise BadRequestError(f"{name} is {value!r}; it must be of type {kind.__name__}")
-    return kind(value)
 
 
 def _check(order: ClipOrder, settings: dict) -> None:

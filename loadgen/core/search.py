@@ -218,7 +218,10 @@ class _Search:
         if not full:
             return self._cost_s(rate)
         hope = self.passed(full=False) if self.passed() is None else None
-        return self._cost_s(hope) if hope is not None and hope < rate else 0.0
+        if hope is None or hope >= rate:
+            return 0.0
+        longest = max(o.cost_s - o.seconds for o in self.seen)  # a run that fails drains its queue
+        return self._cost_s(hope) + longest - excess_s(self.seen)
 
     # The parts of a search
 

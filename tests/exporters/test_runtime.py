@@ -69,7 +69,7 @@ def test_a_cut_character_is_replaced_at_the_end(runtime, tokenizer):
     ("fields", "message"),
     [
         ({}, "text_input is missing"),
-        ({"text_input": b""}, "text_input is empty"),
+        ({"text_input": b""}, "text_input is missing or empty"),
         ({"text_input": b"\xff"}, "not UTF-8"),
         ({**FULL, "max_tokens": 0}, "at least 1"),
         ({**FULL, "max_tokens": 2048}, "share a context"),
@@ -97,7 +97,7 @@ def test_bad_requests(runtime, fields, message):
 def test_tensors_win_over_parameters(runtime, fake_request):
     module = runtime("llm_request")
     request = fake_request({"max_tokens": 3, "ignore_eos": True, "unknown": 1}, text_input="hé", max_tokens=7)
-    prompt = module.parse_prompt(module.read_request(request), 64, 2048)
+    prompt = module.parse_prompt(runtime("request_fields").read_request(request, module.KINDS), 64, 2048)
     assert (prompt.text, prompt.max_tokens, prompt.ignore_eos, prompt.stream) == ("hé", 7, True, False)
 
 
