@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from fractions import Fraction
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -20,6 +19,8 @@ def mp4(frames: np.ndarray, fps: int) -> bytes:
 
     It is lossy (CRF 18): compare frames by the `tensor` output, not by this.
     """
+    import av  # only here: contact sheets do without its 35 MB
+
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18", "preset": "veryfast"})

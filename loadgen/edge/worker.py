@@ -277,7 +277,7 @@ class LoadWorker:
         wall_s, cpu_s = getattr(self, "wall_s", 0.0), getattr(self, "cpu_s", 0.0)
         audit = WorkerAudit(
             self.index, self.sent, *_percentiles(self.lateness), *_percentiles(self.lag),
-            cpu_share=cpu_s / wall_s if wall_s > 0 else 0.0,
+            cpu_share=cpu_s / wall_s if self.sent and wall_s > 0 else 0.0,  # without a slot it ends at once
             max_rss_bytes=peak_memory_bytes(),
         )  # fmt: skip
         return {"audit": asdict(audit), "wall_s": wall_s}

@@ -176,6 +176,13 @@ def test_concurrency_is_kept_and_divided_over_workers(load):
     assert len(set(rows.seq.tolist())) == len(rows)
 
 
+@pytest.mark.slow
+def test_a_worker_without_a_stream_is_not_busy(load):
+    load("--scenario", "single_stream", "--run-time", "1s", "--processes", "2")
+    sent = {w["worker"]: (w["requests"], w["cpu_share"]) for w in load.run.document["audit"]["workers"]}
+    assert sent[0][0] > 0 and sent[1] == (0, 0.0), sent
+
+
 def test_two_workers_send_the_slots_of_one(load, tmp_path):
     arguments = ("--scenario", "server", "--target-qps", "40", "--run-time", "2s")
     one, two = Load(load.url, tmp_path / "one"), Load(load.url, tmp_path / "two")
