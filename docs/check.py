@@ -18,7 +18,7 @@ import tritonmark
 from exporters.models_table import catalogue_document, memory_document
 from loadgen.core.metrics import METRICS
 from loadgen.core.record import SCHEMA
-from loadgen.edge import hardware_catalogue
+from loadgen.edge import hardware_catalogue, history_names
 from loadgen.edge.live_names import all_families
 from loadgen.edge.options import OPTIONS
 
@@ -50,8 +50,14 @@ def live_table() -> str:
     return "\n".join(["| name | type | more labels | meaning |", "|---|---|---|---|", *rows])
 
 
+def history_table() -> str:
+    rows = [f"| `{f.name}` | {', '.join(f.labels) or '–'} | {f.help} |" for f in history_names.families()]
+    return "\n".join(["| name | more labels | meaning |", "|---|---|---|", *rows])
+
+
 TABLES = {
     "live": live_table,
+    "history": history_table,
     "gpus": hardware_catalogue.markdown,
     "metrics": metrics_table,
     "schema": schema_table,

@@ -13,6 +13,7 @@ from loadgen.edge.ab_cli import ab
 from loadgen.edge.check_cli import check
 from loadgen.edge.command_options import arguments, declare
 from loadgen.edge.compare_cli import compare, gpus
+from loadgen.edge.history_cli import history
 from loadgen.edge.hosts_cli import hosts
 from loadgen.edge.import_cli import import_
 from loadgen.edge.launch import launch
@@ -46,5 +47,5 @@ def run(scenario: str, locust_options: tuple[str, ...], **options: Any) -> None:
 
 for command in (report_command, check, submission, search, sweep, hosts):
     cli.add_command(command)
-for command in (compare, gpus, import_, ab, probe_gpu):
+for command in (compare, gpus, history, import_, ab, probe_gpu):
     cli.add_command(command)

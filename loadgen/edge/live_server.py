@@ -112,7 +112,7 @@ def serve(control: socket.socket, port: int, bind: str) -> None:
         return _Answer(inner(environ, start), sent)
 
     try:
-        server = _bound(application, port, bind)
+        server = bound(application, port, bind)
     except OSError as error:
         control.send(json.dumps({"error": error.strerror or str(error)}).encode())
         return
@@ -124,8 +124,9 @@ def serve(control: socket.socket, port: int, bind: str) -> None:
         figures.generation = news["generation"]
 
 
-def _bound(application: Any, port: int, bind: str) -> WSGIServer:
-    for candidate in range(port, min(port + PORTS_TRIED, 65536)) if port else (0,):
+def bound(application: Any, port: int, bind: str, tries: int = PORTS_TRIED) -> WSGIServer:
+    """A server on the first free one of `tries` ports from `port`; 0 is any. Raises OSError."""
+    for candidate in range(port, min(port + tries, 65536)) if port else (0,):
         try:
             return make_server(bind, candidate, application, _Threaded, _Quiet)
         except OSError as error:
