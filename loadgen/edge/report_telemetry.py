@@ -72,7 +72,8 @@ def lines(run: Run) -> list[str]:
     telemetry, server = run.document.get("telemetry") or {}, run.document.get("server_statistics") or {}
     out = []
     if telemetry and telemetry.get("energy_of") is None and telemetry.get("source") != "off":
-        out.append("power was not measured: " + "; ".join(telemetry["missing"]))
+        gpus = (run.document.get("hardware") or {}).get("gpus")
+        out.append("power was not measured: " + ("; ".join(telemetry["missing"]) if gpus else telemetry["missing"][-1]))
     return out + [f"server: {text}" for text in server.get("unknown", [])]
 
 

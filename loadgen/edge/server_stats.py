@@ -140,8 +140,8 @@ def _split(rows: Rows, seen: dict[str, Any], decoupled: bool, unknown: list[str]
             out["server_first_response"] = seen["first_response_ms"]
             out["network"] = float(np.mean(first - sent)) - seen["first_response_ms"]
         else:
-            unknown.append("this Triton tells no time to the first response (2.52 and later do), and its compute of a "
-                           "streaming model ends when execute returns: server and network stay together")  # fmt: skip
+            unknown.append("no time to the first response from this Triton (2.52 and later tell it for streams): "
+                           "server and network stay together")  # fmt: skip
     if out.get("network", 0.0) < 0:
         unknown.append("the server's mean is above the client's: it counted other requests than this run measured")
         del out["network"]
