@@ -28,6 +28,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy loadgen/core
 	$(BIN)/python docs/check.py
+	$(BIN)/python -m grafana --check
 
 format: setup
 	$(BIN)/ruff format .
