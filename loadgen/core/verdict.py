@@ -23,6 +23,7 @@ from loadgen.core.scenario import Kind, Limits, Minimums, Scenario
 
 LATENESS_FLOOR_NS = 5_000_000  # a gevent timer on a shared machine is good to a few ms
 LAG_FLOOR_NS = 10_000_000  # arrivals are stamped by the kernel, so lag only merges what comes within it
+CLOCK_LIMIT_NS = 5_000_000  # of what is not known about another host's clock
 CPU_LIMIT = 0.85  # of one core; above it the Python client adds latency of its own
 WORKER_TARGET_CPU = 0.6  # what advice sizes workers for
 
@@ -41,6 +42,8 @@ class WorkerAudit:
     loop_lag_max_ns: int
     cpu_share: float  # CPU seconds / wall seconds, of one core
     max_rss_bytes: int  # most resident memory until the last response; sealing comes after
+    clock_error_ns: int | None = None  # its T0 may be off by so much; 0 on the conductor's host
+    silent_s: float = 0.0  # the conductor did not hear of it for so long
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,24 @@ def judge(summary: Summary, rows: Rows, scenario: Scenario, audit: Audit) -> Ver
         *(frame_reasons(rows, summary["steps"], scenario.clip) if scenario.clip else _tokens(rows)),
     ]
     lacking = _minimums(rows, summary, scenario, scenario.mlperf)
-    remarks = () if scenario.keep_outputs else cautions(summary, rows, scenario, limited(scenario.limits))
-    return Verdict(scenario.preset, tuple(reasons), tuple(lacking), tuple(remarks))
+    remarks = [] if scenario.keep_outputs else cautions(summary, rows, scenario, limited(scenario.limits))
+    return Verdict(scenario.preset, tuple(reasons), tuple(lacking), (*remarks, *_apart(audit)))
+
+
+def _apart(audit: Audit) -> list[Reason]:
+    """Cautions about workers on other hosts."""
+    found = []
+    off = max(audit.workers, key=lambda w: w.clock_error_ns or 0, default=None)
+    if off and (off.clock_error_ns or 0) > CLOCK_LIMIT_NS:
+        seen = f"T0 of worker {off.worker} is known to ± {_ms(off.clock_error_ns)}"
+        advice = "its arrivals may be shifted by as much: bring load hosts nearer to the master"
+        found.append(Reason("clock_error", seen, f"± {_ms(CLOCK_LIMIT_NS)}", advice))
+    for worker in audit.workers:
+        if worker.silent_s:
+            seen = f"worker {worker.worker} was not heard of for {worker.silent_s:.1f} s"
+            advice = "its rows are here, but its requests may have waited as well: look at the network"
+            found.append(Reason("worker_silent", seen, "a message every 0.25 s", advice))
+    return found
 
 
 def _ending(rows: Rows, audit: Audit) -> list[Reason]:
@@ -130,7 +149,11 @@ def _ending(rows: Rows, audit: Audit) -> list[Reason]:
     if audit.rows < audit.scheduled:
         missing = audit.scheduled - audit.rows
         lost = audit.workers_expected - len(audit.workers)
-        seen = f"{missing} of {audit.scheduled} slots have no row ({lost} of {audit.workers_expected} workers lost)"
+        names = sorted(set(range(audit.workers_expected)) - {w.worker for w in audit.workers})
+        which = f": {', '.join(map(str, names))}" if names else ""
+        seen = (
+            f"{missing} of {audit.scheduled} slots have no row ({lost} of {audit.workers_expected} workers lost{which})"
+        )
         advice = "look at the load workers' logs and run again; a slot without a row may have been a slow one"
         reasons.append(Reason("missing_rows", seen, "a row for every slot", advice))
     return reasons

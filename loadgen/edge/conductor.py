@@ -15,6 +15,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from loadgen.edge import store
 from loadgen.edge.accuracy import AnswerWriter
 from loadgen.edge.clients.dialects import NATIVE
 from loadgen.edge.clips import write_clips
+from loadgen.edge.clocks import Clocks
 from loadgen.edge.comparison import assess
 from loadgen.edge.errors import UserError
 from loadgen.edge.live import Live
@@ -40,7 +42,9 @@ from loadgen.edge.live_names import run_labels
 from loadgen.edge.telemetry import Telemetry
 from loadgen.edge.worker import due_times
 
-LEAD_S = 0.5  # from the announcement of T0 to T0: long enough for the message to arrive
+LEAD_S = 0.5  # from the announcement of T0 to T0, beside the way there: long enough for the message to arrive
+LOST_GRACE_S = 5.0  # how long a worker that is out of reach may take to come back when all others have ended
+SILENT_S = 2.0  # without a message of a worker that sends rows four times a second
 CUT_GRACE_S = 10.0
 WINDOW_S = 5.0  # what "current" means in the progress display
 
@@ -83,7 +87,11 @@ class Conductor:
         if live:
             live.begin(self.document, scenario, self.scheduled, workers, folder)
         self.answers = AnswerWriter(folder) if scenario.keep_outputs else None
+        self.clocks = Clocks(lambda question, worker: send("ping", question, worker))
         self.ready: set[int] = set()
+        self.absent: set[int] = set()  # not ready at T0: they take no part
+        self.heard: dict[int, float] = {}  # when a worker last sent rows
+        self.silent: dict[int, float] = {}  # s in which a worker was not heard of
         self.ends: dict[int, dict[str, Any]] = {}
         self.lost: set[int] = set()
         self.state: dict[int, dict[str, int]] = {}
@@ -110,13 +118,7 @@ class Conductor:
             self._wait(lambda: self.ready | set(self.ends))
             if self.telemetry:
                 self.telemetry.before()
-            t0 = time.time_ns() + round(LEAD_S * 1e9)
-            self.document["t0_wall_ns"] = t0
-            if self.telemetry:
-                self.telemetry.mark(t0)
-            for worker in self.ready:
-                self.send("go", {"t0_wall_ns": t0}, worker)
-            self.phase, self.started = "measure", time.monotonic() + LEAD_S
+            self._start()
             self._wait(lambda: set(self.ends))
             if self.telemetry:
                 self.telemetry.after()
@@ -124,6 +126,23 @@ class Conductor:
             if self.telemetry:
                 self.telemetry.stop()
             self._seal()
+
+    def _start(self) -> None:
+        """Agrees on T0 with every worker that is ready, each in its own clock."""
+        self.clocks.measure(self.ready)
+        lead_ns = round(LEAD_S * 1e9) + self.clocks.slowest_ns
+        t0, t0_wall = time.monotonic_ns() + lead_ns, time.time_ns() + lead_ns
+        self.document["t0_wall_ns"] = t0_wall
+        if self.telemetry:
+            self.telemetry.mark(t0_wall)
+        for worker in range(self.workers):
+            there = self.clocks.there(worker, t0) if worker in self.ready else None
+            if there is None:
+                self.absent.add(worker)
+            else:
+                self.send("go", {"t0_ns": there}, worker)
+                self.heard[worker] = t0 / 1e9
+        self.phase, self.started = "measure", t0 / 1e9
 
     def cut(self, why: str) -> None:
         """Stops the run early: what is in flight becomes `cut`, the rest is not sent, and the run is sealed INVALID."""
@@ -137,13 +156,19 @@ class Conductor:
         if self.sealed.is_set():
             return
         worker = data["worker"]
-        if kind == "ready":
+        if kind == "pong":
+            self.clocks.heard(data)
+        elif kind == "ready":
             self.ready.add(worker)
+            if worker in self.absent:
+                self.send("stop", {}, worker)
         elif kind == "end":
+            self._hear(worker)
             self.ends[worker] = data
             if data["ended"] and self.ended is None and data["ended"] != "stopped":
                 self.cut(data["ended"])
         else:
+            self._hear(worker)
             self.state[worker] = {"in_flight": data["in_flight"], "sent": data["sent"]}
             if data["batch"]:
                 self._record(data["batch"])
@@ -152,6 +177,13 @@ class Conductor:
                 self.answers.write(data["answers"])
                 if self.answers.broken:
                     self.cut(self.answers.broken)
+
+    def _hear(self, worker: int) -> None:
+        now = time.monotonic()
+        if (gap := now - self.heard.get(worker, now)) > SILENT_S:
+            self.silent[worker] = self.silent.get(worker, 0.0) + gap
+        if worker in self.heard:
+            self.heard[worker] = max(now, self.heard[worker])
 
     def _record(self, packed: bytes) -> None:
         batch = pa.ipc.read_record_batch(pa.py_buffer(packed), store.ARROW_SCHEMA)
@@ -167,15 +199,17 @@ class Conductor:
             self.live.observe(measured)
 
     def _wait(self, arrived: Callable[[], set[int]]) -> None:
-        """Until every worker has arrived or is lost, or a cut has had its grace; reports progress meanwhile."""
-        tick = 0
-        while len(arrived() | self.lost) < self.workers:
+        """Until every worker has arrived, or stayed out of reach for a while when the others had, or a cut has had its
+        grace; reports progress meanwhile."""
+        tick, awaited = 0, time.monotonic()  # when somebody in reach was awaited last
+        while missing := set(range(self.workers)) - self.absent - arrived():
             gevent.sleep(0.1)
             tick += 1
-            for worker in set(range(self.workers)) - self.lost - set(self.ends):
-                if not self.alive(worker):
-                    self.lost.add(worker)
-            if self.ended and time.monotonic() > self.cut_by:
+            self.lost = self.absent | {worker for worker in missing if not self.alive(worker)}
+            now = time.monotonic()
+            if not missing <= self.lost:
+                awaited = now
+            if now > awaited + LOST_GRACE_S or (self.ended and now > self.cut_by):
                 return
             if tick % 5 == 0:
                 self.progress(self.snapshot())
@@ -224,7 +258,14 @@ class Conductor:
             self.sealed.set()
 
     def _audit(self, rows: Rows) -> Audit:
-        workers = tuple(WorkerAudit(**end["audit"]) for _, end in sorted(self.ends.items()))
+        workers = tuple(
+            replace(
+                WorkerAudit(**self.ends[w]["audit"]),
+                clock_error_ns=self.clocks.error_ns(w),
+                silent_s=self.silent.get(w, 0.0),
+            )
+            for w in sorted(self.ends)
+        )
         dispatched = sum(end["dispatched"] for end in self.ends.values())
         lost = self.workers - len(self.ends)
         # A lost worker owes its stripe of an open-loop schedule; of a closed loop only what it had reported is known.

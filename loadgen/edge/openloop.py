@@ -17,20 +17,19 @@ import resource
 import sys
 import time
 from argparse import Namespace
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gevent
-from locust import User, constant, events, task
+from locust import User, constant, events, runners, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadgen.core.record import Outcome, Record
 from loadgen.core.scenario import Scenario
-from loadgen.core.verdict import WorkerAudit
-from loadgen.edge import comparison, hardware, scenarios
+from loadgen.edge import clocks, comparison, hardware, scenarios
 from loadgen.edge.clients.dialects import dialect_of
 from loadgen.edge.clients.triton_http import probe
 from loadgen.edge.conductor import Conductor
@@ -42,9 +41,10 @@ from loadgen.edge.options import OPTIONS, PROGRESS_FD
 from loadgen.edge.samples import PromptLibrary
 from loadgen.edge.store import return_freed_memory
 from loadgen.edge.telemetry import Settings, Telemetry
-from loadgen.edge.worker import LoadWorker
+from loadgen.edge.worker import LoadWorker, never_began
 
 log = logging.getLogger("tritonmark")
+runners.MASTER_HEARTBEAT_TIMEOUT = 15  # s until a worker without a master ends; Locust's 60 s would be load for nobody
 
 
 class IdleUser(User):
@@ -134,7 +134,7 @@ class Worker:
         self.load: LoadWorker | None = None
         self.health: WorkerHealth | None = None
         self.greenlet: gevent.Greenlet | None = None
-        for kind in ("begin", "go", "stop"):
+        for kind in ("begin", "ping", "go", "stop"):
             self.runner.register_message(f"tritonmark_{kind}", getattr(self, kind))
         environment.events.quitting.add_listener(self.stop)
 
@@ -142,14 +142,17 @@ class Worker:
         try:
             self.load = LoadWorker(msg.data, self.send, self.fire)
         except UserError as error:
-            self.send("end", {"worker": msg.data["worker"], "ended": str(error), "dispatched": 0, **_silent(msg.data)})
+            self.send("end", never_began(msg.data, str(error)))
             return
         self.health = WorkerHealth(self.live, self.load, tuple(msg.data["labels"]))
         self.greenlet = gevent.spawn(self.load.run)
 
+    def ping(self, msg: Any, **_: Any) -> None:
+        self.runner.send_message("tritonmark_pong", clocks.answer(msg.data))
+
     def go(self, msg: Any, **_: Any) -> None:
         if self.load:
-            self.load.go.set(msg.data["t0_wall_ns"])
+            self.load.go.set(msg.data["t0_ns"])
 
     def stop(self, **_: Any) -> None:
         """Ends the load now; its rows and its "end" still go out."""
@@ -190,8 +193,9 @@ class Control:
         self.run_time: float | None = None  # headless; in the web UI it comes with the form
         fd = os.environ.get(PROGRESS_FD)
         self.progress_file = os.fdopen(int(fd), "w", buffering=1) if fd else None
-        for kind in ("ready", "rows", "end"):
-            self.runner.register_message(f"tritonmark_{kind}", getattr(self, f"on_{kind}"))
+        self.runner.register_message("tritonmark_ready", self.on_ready)
+        for kind in ("pong", "rows", "end"):
+            self.runner.register_message(f"tritonmark_{kind}", partial(self.deliver, kind))
         environment.events.test_start.add_listener(self.start)
         environment.events.test_stopping.add_listener(self.stop)
         environment.events.quitting.add_listener(self.quit)
@@ -324,13 +328,7 @@ class Control:
             self.progress({"metrics": f"http://{msg.data['metrics']}/metrics (worker {msg.data['worker']})"})
         self.deliver("ready", msg)
 
-    def on_rows(self, msg: Any, **_: Any) -> None:
-        self.deliver("rows", msg)
-
-    def on_end(self, msg: Any, **_: Any) -> None:
-        self.deliver("end", msg)
-
-    def deliver(self, kind: str, msg: Any) -> None:
+    def deliver(self, kind: str, msg: Any, **_: Any) -> None:
         if self.conductor:
             self.conductor.on_message(kind, msg.data)
 
@@ -343,8 +341,3 @@ def seconds(run_time: Any) -> float | None:
         return parse_timespan(run_time) if isinstance(run_time, str) and run_time else run_time or None
     except ValueError as error:
         raise UserError(f"--run-time is {run_time!r}; give a time such as 30s, 10m or 1h30m") from error
-
-
-def _silent(plan: dict[str, Any]) -> dict[str, Any]:
-    """The audit of a worker that never measured."""
-    return {"audit": asdict(WorkerAudit(plan["worker"], 0, 0, 0, 0, 0, 0, 0, 0.0, 0)), "wall_s": 0.0}

@@ -51,10 +51,10 @@ class Clock:
     def __call__(self) -> int:
         return time.monotonic_ns() - self.base
 
-    def start_at(self, wall_ns: int) -> int:
-        """Moves zero to the wall-clock time `wall_ns`; returns how far zero moved."""
-        moved = time.monotonic_ns() + wall_ns - time.time_ns() - self.base
-        self.base += moved
+    def start_at(self, ns: int) -> int:
+        """Moves zero to `ns` of this host's CLOCK_MONOTONIC; returns how far zero moved."""
+        moved = ns - self.base
+        self.base = ns
         return moved
 
 
@@ -281,6 +281,12 @@ class LoadWorker:
             max_rss_bytes=peak_memory_bytes(),
         )  # fmt: skip
         return {"audit": asdict(audit), "wall_s": wall_s}
+
+
+def never_began(plan: dict[str, Any], why: str) -> dict[str, Any]:
+    """The "end" of a worker that could not begin."""
+    audit = asdict(WorkerAudit(plan["worker"], 0, 0, 0, 0, 0, 0, 0, 0.0, 0))
+    return {"worker": plan["worker"], "ended": why, "dispatched": 0, "audit": audit, "wall_s": 0.0}
 
 
 def _pairs(seq: Int64, due_ns: Int64) -> Iterator[tuple[int, int]]:
