@@ -1,8 +1,8 @@
 """What each worker's clock will show at T0, asked by messages there and back, as NTP does.
 
 The clocks are CLOCK_MONOTONIC: a wall clock that is set in mid-run moves nothing. Of several questions the one with the
-fastest way there and back counts. An offset is the worker's reading less the middle of that time, and is wrong by at most
-half of it. On the conductor's own host the clock is the same one.
+fastest way there and back counts. An offset is the worker's reading less the middle of that time, and is wrong by half
+of it at most. On the conductor's own host the clock is the same one.
 """
 
 from __future__ import annotations

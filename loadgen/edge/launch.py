@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -49,8 +50,8 @@ def launch(arguments: list[str], console: Console, locust_file: str | None = Non
     receive, send = os.pipe()
     with tempfile.TemporaryFile("w+", prefix="tritonmark-load-") as log:
         process = subprocess.Popen(
-            [*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(send,),
-            env=os.environ | {PROGRESS_FD: str(send)}, start_new_session=True,
+            [*command, *arguments, *own_port(arguments)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            pass_fds=(send,), env=os.environ | {PROGRESS_FD: str(send)}, start_new_session=True,
         )  # fmt: skip
         os.close(send)
         seen: dict[str, Any] = {}
@@ -65,6 +66,17 @@ def launch(arguments: list[str], console: Console, locust_file: str | None = Non
             raise
         launched.interrupted = bool(interrupts)
         return launched
+
+
+def own_port(arguments: list[str]) -> list[str]:
+    """Where master and workers of `--processes` meet: Locust's port 5557 is one for all tests of a machine, and open to
+    other hosts."""
+    if "--processes" not in arguments or "--master-bind-port" in arguments:
+        return []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return ["--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port]
 
 
 def locust_file_for(arguments: list[str]) -> str:

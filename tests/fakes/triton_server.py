@@ -467,14 +467,14 @@ def _events(plan: dict[str, Any], model: str, total: int) -> list[tuple[bytes, i
     return events
 
 
-async def serve(port: int, plan: dict[str, Any], log_file: TextIO | None) -> None:
-    """Listen on the loopback until SIGTERM or SIGINT; print the port first."""
+async def serve(port: int, plan: dict[str, Any], log_file: TextIO | None, host: str = "127.0.0.1") -> None:
+    """Listen on `host` until SIGTERM or SIGINT; print the port first."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     state = Server(plan, log_file)
-    listener = await loop.create_server(lambda: Connection(state), "127.0.0.1", port, backlog=1024)
+    listener = await loop.create_server(lambda: Connection(state), host, port, backlog=1024)
     print(listener.sockets[0].getsockname()[1], flush=True)
     await stop.wait()
     listener.close()
@@ -528,6 +528,7 @@ def start(plan: dict[str, Any] | None = None, log: Path | None = None) -> FakeTr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--host", default="127.0.0.1", help="other addresses are for tests in a network namespace")
     parser.add_argument("--plan", default="{}", help="a JSON file, or the JSON itself")
     parser.add_argument("--log", type=Path, help="append the log to this file, a line as each request ends")
     options = parser.parse_args()
@@ -535,7 +536,7 @@ def main() -> None:
     gc.disable()  # a collection amid the log's many small lists would delay sends by milliseconds
     with contextlib.ExitStack() as stack:
         log_file = stack.enter_context(options.log.open("a", encoding="utf-8")) if options.log else None
-        asyncio.run(serve(options.port, json.loads(text), log_file))
+        asyncio.run(serve(options.port, json.loads(text), log_file, options.host))
 
 
 if __name__ == "__main__":

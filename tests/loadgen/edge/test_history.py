@@ -113,7 +113,7 @@ def test_runs_come_and_go_and_what_is_broken_is_counted_and_named(served, tmp_pa
     shutil.rmtree(tmp_path / "copy")
     assert of(samples(page()), names.INFO.name) == []
     process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=10)
     assert process.returncode == 0 and "Traceback" not in errors
     said = [line for line in errors.splitlines() if line.startswith("skipped:")]
     assert len(said) == len(bad) and "was changed after it was sealed" in errors and "is a copy of" in errors

@@ -1,0 +1,172 @@
+"""Master, three workers and servers on hosts of their own (network namespaces): what a fault of one comes to.
+
+The servers are fakes that write down what they really did; Locust, its channel and the kernel's TCP are real.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import network
+import numpy as np
+import pytest
+
+from loadgen.core.metrics import join
+from loadgen.core.schedule import loadgen_poisson
+from loadgen.edge import store
+
+LLM = str(Path(__file__).parents[3] / "loadgen" / "llm.py")
+FAKE = str(Path(__file__).parents[2] / "fakes" / "triton_server.py")
+PLAN = {"ttft_ms": 5, "itl_ms": 2}
+CLIENT = {"client_late", "client_lag", "client_cpu"}  # of a busy machine, and then no fault of the network
+QPS = 60
+
+missing = network.available()
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing), reason=missing or "-")]
+
+
+class Site:
+    """The hosts, and one run on them."""
+
+    def __init__(self, lan, tmp_path):
+        self.lan, self.results = lan, tmp_path / "results"
+        self.master_host, *self.worker_hosts = (lan.host() for _ in range(4))
+        self.logs = []
+        for n, host in enumerate(lan.host() for _ in range(2)):
+            self.logs.append(tmp_path / f"server{n}.jsonl")
+            server = host.start(sys.executable, FAKE, "--host", host.address, "--port", "8000", "--plan",
+                                json.dumps(PLAN), "--log", str(self.logs[-1]), stdout=subprocess.PIPE)  # fmt: skip
+            assert server.stdout.readline().strip() == "8000"
+            self.url = f"http://{host.address}:8000"
+
+    def master(self, run_time):
+        words = ["--master", "--headless", "--expect-workers", "3", "--host", self.url, "--model", "fake",
+                 "--scenario", "server", "--target-qps", str(QPS), "--run-time", run_time, "--output-tokens", "4",
+                 "--warmup", "2", "--results", str(self.results), "--only-summary", "--telemetry", "off"]  # fmt: skip
+        self.process = self.master_host.start(sys.executable, "-m", "locust", "-f", LLM, *words,
+                                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        return self.process
+
+    def worker(self, n, master=None, **options):
+        """Worker n, on its own host; `master` is where it looks for the master."""
+        words = ["--worker", "--master-host", (master or self.master_host).address]
+        return self.worker_hosts[n].start(sys.executable, "-m", "locust", "-f", LLM, *words,
+                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)  # fmt: skip
+
+    def measuring(self):
+        """Waits for the first rows of the run; its folder."""
+        deadline = time.monotonic() + 40
+        while time.monotonic() < deadline:
+            for stream in self.results.rglob("records.arrows"):
+                if sum(t.num_rows for t in store.stream_tables(stream)) > 20:
+                    return stream.parent
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.05)
+        raise AssertionError("no rows")
+
+    def end(self, limit_s):
+        """The run, which the master seals within `limit_s`."""
+        output, _ = self.process.communicate(timeout=limit_s)
+        (path,) = self.results.rglob("run.json")
+        run = store.load(path.parent)
+        assert self.process.returncode == (0 if run.valid else 3), output
+        rows = join(run.rows())
+        return run, rows
+
+
+@pytest.fixture
+def site(tmp_path):
+    with network.Lan() as lan:
+        yield Site(lan, tmp_path)
+
+
+def codes(run, part="reasons"):
+    return {r["code"] for r in run.document["verdict"][part]}
+
+
+def workers(run):
+    return {w["worker"]: w for w in run.document["audit"]["workers"]}
+
+
+def test_a_far_worker_with_another_clock_sends_its_slots_when_they_are_due(site):
+    """One worker is 50 ms away, and its clock 5,000 s ahead: the arrivals are still LoadGen's, and one process's."""
+    relay = site.lan.host()
+    site.lan.relay(relay, 5557, site.master_host, 50.0)
+    site.master("4s")
+    for n in range(2):
+        site.worker(n)
+    site.worker(2, master=relay, shift_s=5000)
+    run, rows = site.end(60)
+    assert codes(run) <= CLIENT, run.document["verdict"]
+    due = loadgen_poisson(QPS, len(rows), run.scenario.seeds.schedule)
+    assert np.array_equal(rows.due_ns, due) and len(rows) == run.document["audit"]["scheduled"]
+    errors = {n: w["clock_error_ns"] for n, w in workers(run).items()}
+    (far,) = [n for n, error in errors.items() if error]
+    assert 45e6 < errors[far] < 80e6 and set(errors.values()) == {0, errors[far]}
+    assert "clock_error" in codes(run, "cautions")
+    arrived = {r["id"]: r["arrived_ns"] for r in map(json.loads, site.logs[1].read_text().splitlines())}
+    moved = np.array([arrived[f"{run.folder.name}-{seq}"] for seq in rows.seq]) - rows.due_ns  # T0, and the way there
+    there = rows.seq % 3 == far
+    shift = np.median(moved[there]) - np.median(moved[~there])
+    assert abs(shift) < 20e6, f"arrivals of the far worker are off by {shift / 1e6:.1f} ms"
+
+
+def test_a_killed_worker_is_named_and_a_new_one_changes_nothing(site):
+    site.master("6s")
+    processes = [site.worker(n) for n in range(3)]
+    site.measuring()
+    processes[1].kill()
+    killed = time.monotonic()
+    site.worker(1)  # it joins a run that does not know it
+    run, rows = site.end(40)
+    assert time.monotonic() - killed < 25
+    assert codes(run) - CLIENT - {"min_duration"} == {"missing_rows"}  # the last slot may have been its own
+    (reason,) = [r for r in run.document["verdict"]["reasons"] if r["code"] == "missing_rows"]
+    (lost,) = set(range(3)) - set(workers(run))
+    scheduled = run.document["audit"]["scheduled"]
+    assert f"1 of 3 workers lost: {lost}" in reason["seen"] and len(rows) < scheduled
+    assert f"{scheduled - len(rows)} of {scheduled} slots have no row" in reason["seen"]
+    whole = np.arange(scheduled)
+    assert np.array_equal(rows.seq[rows.seq % 3 != lost], whole[whole % 3 != lost]), "the others are complete"
+    own = rows.seq[rows.seq % 3 == lost]
+    assert np.array_equal(own, whole[whole % 3 == lost][: len(own)]), "its rows are those until it died"
+
+
+def test_a_link_that_is_cut_for_5_s_loses_no_row_and_its_waits_count(site):
+    site.master("9s")
+    for n in range(3):
+        site.worker(n)
+    site.measuring()
+    site.worker_hosts[1].cut()
+    time.sleep(5)
+    site.worker_hosts[1].join()
+    run, rows = site.end(60)
+    assert len(rows) == run.document["audit"]["scheduled"] and set(workers(run)) == {0, 1, 2}
+    assert np.array_equal(rows.seq, np.arange(len(rows)))
+    silent = {n: w["silent_s"] for n, w in workers(run).items() if w["silent_s"]}
+    assert len(silent) == 1 and 4 < next(iter(silent.values())) < 14
+    assert "worker_silent" in codes(run, "cautions")
+    (cut,) = silent
+    slow = (rows.done_ns - rows.due_ns > 2e9) | ~rows.ok
+    assert slow[rows.worker == cut].sum() > 30 and not slow[rows.worker != cut].any()
+    assert not run.valid and codes(run) & {"ttft_limit", "failed_error"}
+
+
+def test_a_killed_master_costs_less_than_a_second_of_rows_and_leaves_no_load(site):
+    site.master("30s")
+    processes = [site.worker(n) for n in range(3)]
+    folder = site.measuring()
+    time.sleep(1.5)
+    site.process.kill()
+    killed = time.monotonic_ns()
+    for process in processes:
+        process.wait(40)
+    assert time.monotonic_ns() - killed < 35e9
+    run = store.load(folder)
+    assert "cut_off" in codes(run) and not run.valid
+    log = [json.loads(line) for line in site.logs[1].read_text().splitlines()]
+    before = sum(1 for r in log if (r["ended_ns"] or killed) < killed - 10**9)
+    rows = join(run.rows())
+    assert len(rows) >= before - 3, "warm-up requests are no measured rows"
