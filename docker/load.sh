@@ -29,9 +29,15 @@ label() {
     echo "hardware label: $HARDWARE"
 }
 
+all_ready() {
+    for url in $(echo "$TRITON_URL" | tr , ' '); do
+        python3 /opt/docker/healthcheck.py "$url/v2/health/ready" 2>/dev/null || return 1
+    done
+}
+
 await_server() {
     waited=0
-    until python3 /opt/docker/healthcheck.py "$TRITON_URL/v2/health/ready" 2>/dev/null; do
+    until all_ready; do
         if [ "$waited" -ge "${SERVER_WAIT_S:-1800}" ]; then
             echo "error: $TRITON_URL is not ready after $waited s; see the server's log, or raise SERVER_WAIT_S" >&2
             exit 2

@@ -24,7 +24,7 @@ MARGIN = 1.03  # on half-widths: estimated variances are a little too small, and
 
 AXES = ("hardware", "backend", "precision", "tp")
 MUST = ("weights", "prompts", "input tokens", "output tokens", "seeds", "limits", "arrivals", "duration", "in flight",
-        "sample order", "clip", "preset", "salt")  # fmt: skip
+        "sample order", "clip", "preset", "salt", "servers")  # fmt: skip
 NOTES = ("server", "driver", "power limit", "clocks", "client", "client host", "tool versions", "workers")
 
 REPEATS, BORROWED, WITHIN, NONE = "repeats", "repeats of one side", "within single runs", "none"

@@ -26,8 +26,9 @@ from loadgen.core.percentiles import describe as describe
 from loadgen.core.percentiles import percentile_name as percentile_name
 from loadgen.core.record import NEVER, Bool, Int64, Outcome, Rows
 from loadgen.core.scenario import Kind, Limits, Scenario
+from loadgen.core.split import by_server
 
-SMALL = ("seq", "query", "sample", "worker", "tokens_out", "asked_out")  # columns that 32 bits hold
+SMALL = ("seq", "query", "sample", "worker", "server", "tokens_out", "asked_out")  # columns that 32 bits hold
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ METRICS: tuple[Metric, ...] = (
 )  # fmt: skip
 
 
-def summarise(batches: Iterable[Rows], scenario: Scenario) -> tuple[Summary, Rows]:
+def summarise(batches: Iterable[Rows], scenario: Scenario, servers: int = 1) -> tuple[Summary, Rows]:
     """Folds batches of rows into a summary; also returns the measured rows without their chunk lists.
 
     Memory: see `join`; it does not depend on the number of tokens, since chunks are folded batch by batch.
@@ -257,6 +258,8 @@ def summarise(batches: Iterable[Rows], scenario: Scenario) -> tuple[Summary, Row
         figures = summary["steady_state"]["summary"]
         figures["frames_per_s"] = figures.pop("tokens_per_s")
     summary["outcomes"] = {o.value: int(rows.ended(o).sum()) for o in Outcome}
+    if servers > 1:
+        summary["servers"] = by_server(rows, servers)
     return summary, rows
 
 

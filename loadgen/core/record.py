@@ -57,6 +57,7 @@ SCHEMA: tuple[Column, ...] = (
     Column("query", "int64", "query the sample belongs to (MultiStream: 8 samples a query; otherwise = seq)"),
     Column("sample", "int64", "index into the prompt library"),
     Column("worker", "int16", "Locust worker that owned the slot"),
+    Column("server", "int16", "server it went to: index into run.json's servers; 0 where there is one"),
     Column("phase", "string", "warmup or measure"),
     Column("due_ns", "int64", "when the schedule wanted the request sent"),
     Column("sent_ns", "int64", "when its first byte was handed to the socket (connect time lies before it)"),
@@ -102,6 +103,7 @@ class Record:
     due_ns: int
     asked_out: int
     asked_in: int | None = None
+    server: int = 0
     sent_ns: int | None = None
     first_ns: int | None = None
     done_ns: int | None = None
@@ -128,6 +130,7 @@ class Rows:
     query: Int64
     sample: Int64
     worker: Int64
+    server: Int64
     measured: Bool
     due_ns: Int64
     sent_ns: Int64

@@ -18,8 +18,9 @@ from loadgen.core.clips import frame_reasons
 from loadgen.core.early_stopping import max_overlatency, min_queries
 from loadgen.core.metrics import Summary, percentile_name, within_limits
 from loadgen.core.reason import Reason as Reason
-from loadgen.core.record import NEVER, Rows
+from loadgen.core.record import NEVER, Outcome, Rows
 from loadgen.core.scenario import Kind, Limits, Minimums, Scenario
+from loadgen.core.split import only_of
 
 LATENESS_FLOOR_NS = 5_000_000  # a gevent timer on a shared machine is good to a few ms
 LAG_FLOOR_NS = 10_000_000  # arrivals are stamped by the kernel, so lag only merges what comes within it
@@ -63,6 +64,7 @@ class Audit:
     scheduled_qps: float | None = None  # what the seeded schedule came to: (slots - 1) / (last due - first due)
     achieved_qps: float | None = None  # what was sent: (sent - 1) / (last sent - first sent)
     ended: str | None = None
+    servers: tuple[str, ...] = ()  # where there are several
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"client_ceiling_qps": self.ceiling_qps}
@@ -115,7 +117,7 @@ def judge(summary: Summary, rows: Rows, scenario: Scenario, audit: Audit) -> Ver
     """The verdict on measured `rows` (no warm-up) and their `summary`."""
     reasons = [
         *_ending(rows, audit),
-        *_failures(summary, rows),
+        *_failures(summary, rows, audit),
         *_constraints(summary, scenario),
         *_minimums(rows, summary, scenario, scenario.minimums),
         *([] if scenario.keep_outputs else _client(audit, scenario)),  # no speed is claimed
@@ -131,7 +133,7 @@ def _apart(audit: Audit) -> list[Reason]:
     found = []
     off = max(audit.workers, key=lambda w: w.clock_error_ns or 0, default=None)
     if off and (off.clock_error_ns or 0) > CLOCK_LIMIT_NS:
-        seen = f"T0 of worker {off.worker} is known to ± {_ms(off.clock_error_ns)}"
+        seen = f"T0 of worker {off.worker} is known to ± {_ms(off.clock_error_ns or 0)}"
         advice = "its arrivals may be shifted by as much: bring load hosts nearer to the master"
         found.append(Reason("clock_error", seen, f"± {_ms(CLOCK_LIMIT_NS)}", advice))
     for worker in audit.workers:
@@ -159,7 +161,7 @@ def _ending(rows: Rows, audit: Audit) -> list[Reason]:
     return reasons
 
 
-def _failures(summary: Summary, rows: Rows) -> list[Reason]:
+def _failures(summary: Summary, rows: Rows, audit: Audit) -> list[Reason]:
     if not len(rows):
         return [Reason("no_requests", "no request was measured", "at least 1", "check the server and the scenario")]
     outcomes = summary["outcomes"]
@@ -172,7 +174,10 @@ def _failures(summary: Summary, rows: Rows) -> list[Reason]:
     for name in ("error", "timeout"):
         if outcomes[name]:
             advice = "read the errors in the report and the server's log; lower the rate if the server is overloaded"
-            reasons.append(Reason(f"failed_{name}", f"{outcomes[name]} of {len(rows)} requests", "0", advice))
+            seen = f"{outcomes[name]} of {len(rows)} requests"
+            if only := only_of(rows, Outcome(name), len(audit.servers)):
+                seen += f", all of them to {', '.join(audit.servers[n] for n in only)}"
+            reasons.append(Reason(f"failed_{name}", seen, "0", advice))
     if outcomes["cut"]:
         advice = "let the run drain, or raise --drain-timeout"
         reasons.append(Reason("unfinished", f"{outcomes['cut']} requests still in flight at the end", "0", advice))

@@ -104,15 +104,18 @@ class Conductor:
         self.run: store.Run | None = None
         self.error: UserError | None = None
 
-    def conduct(self, host: str, model: str) -> None:
-        """Drives the run to its sealed end. Blocks this greenlet; never raises for anything the run can do."""
+    def conduct(self, hosts: list[str], turns: list[int], model: str) -> None:
+        """Drives the run to its sealed end; slot k goes to `hosts[turns[k % len(turns)]]`.
+
+        Blocks this greenlet; never raises for anything the run can do.
+        """
         try:
             self.progress({"phase": "start", "folder": str(self.writer.folder)})
             if self.telemetry:
                 self.telemetry.start(self.writer.folder)
             for worker in range(self.workers):
-                plan = {"scenario": self.scenario.to_json(), "host": host, "model": model, "worker": worker}
-                plan |= {"workers": self.workers, "tag": self.writer.folder.name}
+                plan = {"scenario": self.scenario.to_json(), "hosts": hosts, "turns": turns, "model": model}
+                plan |= {"worker": worker, "workers": self.workers, "tag": self.writer.folder.name}
                 plan |= {"labels": run_labels(self.document, self.scenario.name)}
                 self.send("begin", plan | {"dialect": self.document.get("dialect", NATIVE)}, worker)
             self._wait(lambda: self.ready | set(self.ends))
@@ -281,6 +284,7 @@ class Conductor:
             achieved_qps=_rate(rows.sent_ns),
             scheduled_qps=_rate(rows.due_ns),
             ended=self.ended,
+            servers=tuple(server["url"] for server in self.document.get("servers", [])),
         )
 
 

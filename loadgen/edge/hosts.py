@@ -26,7 +26,12 @@ from typing import Any
 from loadgen.edge.errors import UserError
 from loadgen.edge.hardware_catalogue import of_label
 
-TRITON_PORT, TRITON_PORT_STEP, DCGM_PORT = 8002, 10, 9400  # as docker-compose.yml and deploy/per-gpu.yml publish them
+HTTP_PORT, TRITON_PORT, TRITON_PORT_STEP, DCGM_PORT = (
+    8000,
+    8002,
+    10,
+    9400,
+)  # as docker-compose.yml and deploy/per-gpu.yml publish them
 MAX_PAGE = 4 << 20  # bytes of DCGM's answer
 _KEYS = {"name": str, "address": str, "gpu": str, "price_per_gpu_hour": (int, float), "tritons": int}
 _GPU_LINE = re.compile(r'^DCGM_FI_\w+\{([^}]*)\}', re.M)  # fmt: skip
@@ -100,23 +105,27 @@ def _at(address: str, port: int) -> str:
     return f"[{address}]:{port}" if _is_ipv6(address) else f"{address}:{port}"
 
 
-def probed_label(dcgm_url: str, timeout_s: float = 5.0) -> str | None:
-    """`8x-NVIDIA H100 80GB HBM3` from DCGM's exporter at `dcgm_url`; None where it does not answer or names no GPU."""
-    try:
-        with urllib.request.urlopen(f"{dcgm_url.rstrip('/')}/metrics", timeout=timeout_s) as answer:
-            text = answer.read(MAX_PAGE).decode("utf-8", errors="replace")
-    except (OSError, ValueError):
-        return None
-    return label_of_page(text)
+def probed_label(dcgm_urls: str, timeout_s: float = 5.0) -> str | None:
+    """`8x-NVIDIA H100 80GB HBM3` from DCGM's exporter at `dcgm_urls` (several with commas: of all their GPUs together);
+    None where one does not answer, or none names a GPU."""
+    pages = []
+    for url in dcgm_urls.split(","):
+        try:
+            with urllib.request.urlopen(f"{url.strip().rstrip('/')}/metrics", timeout=timeout_s) as answer:
+                pages.append(answer.read(MAX_PAGE).decode("utf-8", errors="replace"))
+        except (OSError, ValueError):
+            return None
+    return label_of_pages(*pages)
 
 
-def label_of_page(text: str) -> str | None:
-    """The hardware label from the text of DCGM's page: count of GPUs, then their names, several joined by " + "."""
+def label_of_pages(*pages: str) -> str | None:
+    """The hardware label from DCGM's pages: count of GPUs, then their names, several joined by " + "."""
     gpus: dict[str, str] = {}
-    for line in _GPU_LINE.findall(text):
-        labels = dict(_LABEL.findall(line))
-        if labels.get("modelName"):
-            gpus[labels.get("UUID") or labels.get("gpu", "")] = labels["modelName"]
+    for number, page in enumerate(pages):
+        for line in _GPU_LINE.findall(page):
+            labels = dict(_LABEL.findall(line))
+            if labels.get("modelName"):
+                gpus[labels.get("UUID") or f"{number}/{labels.get('gpu', '')}"] = labels["modelName"]
     names = sorted(gpus.values())
     return " + ".join(f"{names.count(n)}x-{n}" for n in dict.fromkeys(names)) or None
 
@@ -125,6 +134,12 @@ def label(host: Host) -> tuple[str, bool]:
     """Hardware label of a host, and whether it was probed; "unknown" where neither the host nor the file says it."""
     probed = probed_label(f"http://{_at(host.address, DCGM_PORT)}")
     return probed or host.gpu or "unknown", probed is not None
+
+
+def urls(inventory: Inventory) -> str:
+    """All Tritons as the load test's --host takes them."""
+    return ",".join(f"http://{_at(host.address, HTTP_PORT + TRITON_PORT_STEP * k)}"
+                    for host in inventory.hosts for k in range(host.tritons))  # fmt: skip
 
 
 def targets(inventory: Inventory, labels: Sequence[str]) -> list[dict[str, Any]]:

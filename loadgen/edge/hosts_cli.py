@@ -46,6 +46,13 @@ def targets(file: Path, out: Path) -> None:
 
 @hosts.command()
 @_FILE
+def urls(file: Path) -> None:
+    """Print the Tritons of all hosts of FILE, for --host."""
+    click.echo(inventory.urls(inventory.read(file)))
+
+
+@hosts.command()
+@_FILE
 def prices(file: Path) -> None:
     """Print a price file (for --prices) from the prices in FILE."""
     known = inventory.read(file)
@@ -53,7 +60,7 @@ def prices(file: Path) -> None:
 
 
 @hosts.command()
-@click.option("--dcgm", help="URL of the server's DCGM exporter, such as http://dcgm:9400.")
+@click.option("--dcgm", help="URL of the server's DCGM exporter, such as http://dcgm:9400; several with commas")
 def label(dcgm: str | None) -> None:
     """Print a hardware label: of the host behind --dcgm, or of this machine."""
     if dcgm is None:

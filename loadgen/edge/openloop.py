@@ -29,9 +29,8 @@ from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadgen.core.record import Outcome, Record
 from loadgen.core.scenario import Scenario
-from loadgen.edge import clocks, comparison, hardware, scenarios
+from loadgen.edge import clocks, comparison, hardware, scenarios, servers
 from loadgen.edge.clients.dialects import dialect_of
-from loadgen.edge.clients.triton_http import probe
 from loadgen.edge.conductor import Conductor
 from loadgen.edge.errors import UserError
 from loadgen.edge.live import Live
@@ -213,8 +212,8 @@ class Control:
         if family != scenario.family:
             made = {"llm": "text: use loadgen/llm.py", "video": "video: use loadgen/video.py"}[scenario.family]
             raise UserError(f"{options.model} makes {made}")
-        host = self.environment.host or ""
-        server = probe(host, options.model)
+        host = self.environment.host
+        server, several, self.turns = servers.ask(host, options.model, options.split)
         parameters = server.pop("parameters")
         exported = {k.removeprefix("tritonmark."): v for k, v in parameters.items() if k.startswith("tritonmark.")}
         if (exported.get("family") == "video") != (scenario.clip is not None) and exported:
@@ -227,8 +226,9 @@ class Control:
             "weights": exported.get("weights", "unknown"),
             "dialect": dialect_of(server["backend"], parameters),
             "exported": exported,
-            "server": {"url": host, **server},
-            "hardware": hardware.describe(host, options.hardware, options.gpu_probe),
+            "server": server,
+            **({"servers": several} if several else {}),
+            "hardware": hardware.describe(servers.farthest(host), options.hardware, options.gpu_probe),
             "overrides": {k: v for k, v in overrides.items() if v is not None and v != ""},
             "prompts": library.describe(scenario),
         }
@@ -243,7 +243,8 @@ class Control:
         self.environment.process_exit_code = 1
         try:
             self.conductor = self.make_conductor()
-            self.conductor.conduct(self.environment.host, self.environment.parsed_options.model)
+            model = self.environment.parsed_options.model
+            self.conductor.conduct(servers.urls(self.environment.host), self.turns, model)
             if self.conductor.error:
                 raise self.conductor.error
             self.environment.process_exit_code = self.publish()
@@ -273,7 +274,8 @@ class Control:
             self.progress({"metrics": f"http://{self.live.address}/metrics ({self.live.role})"})
         print(f"tritonmark: {scenario.name}, preset {scenario.preset}, overrides {document['overrides']}", flush=True)
         options = self.environment.parsed_options
-        telemetry = Telemetry(telemetry_settings(options), self.environment.host, options.model, self.live)
+        hosts = servers.urls(self.environment.host)
+        telemetry = Telemetry(telemetry_settings(options), hosts, options.model, self.live)
         return Conductor(
             scenario, document, results, workers=max(1, len(nodes)), send=send, alive=alive, progress=self.progress,
             live=self.live, telemetry=telemetry,

@@ -33,6 +33,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("--scenario", "MLPerf scenario", default="server", choices=tuple(scenarios.names())),
     Option("--preset", "smoke (seconds) or mlperf (MLPerf's minimums)", default="smoke", choices=scenarios.PRESETS),
     Option("--target-qps", "arrival rate of server, expected rate of offline (1/s)", float, override="target_qps"),
+    Option("--split", "shares of the servers, where --host names several: 2,1 (default: equal)"),
     Option("--concurrency", "requests in flight of the concurrency scenario", int, override="concurrency"),
     Option("--min-queries", "least number of queries (default: the preset's)", int, override="min_queries"),
     Option("--rules", "MLPerf round: seeds, benchmarks, limits (default v6.1)", choices=scenarios.RULES,

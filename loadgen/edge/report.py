@@ -126,7 +126,8 @@ def _verdict(run: Run, console: Console, named: bool) -> None:
 
 def _lines(run: Run) -> list[str]:
     """What stands below a verdict before its reasons."""
-    return [*report_data.accuracy(run), *clip_lines(run), *physics.lines(run), *telemetry_lines(run)]
+    return [*report_data.accuracy(run), *report_data.servers(run), *clip_lines(run), *physics.lines(run),
+            *telemetry_lines(run)]  # fmt: skip
 
 
 def _remark(title: str, reason: dict[str, Any]) -> Text:

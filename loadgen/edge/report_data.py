@@ -254,6 +254,16 @@ def shared(runs: Sequence[Run]) -> tuple[str, list[tuple[str, list[str]]]]:
     return " · ".join(every[0][n] for n in same), [(n, [f[n] for f in every]) for n in every[0] if n not in same]
 
 
+def servers(run: Run) -> list[str]:
+    """What each server of a run over several did, a line each."""
+    return [
+        f"server {where['url']}: {seen['requests']:,} requests, {seen['failed']:,} failed; p50 / p99 TTFT "
+        f"{_latency(seen['ttft_ns'], 'p50', 1e6)} / {_latency(seen['ttft_ns'], 'p99', 1e6)} ms, "
+        f"E2E {_latency(seen['e2e_ns'], 'p50', 1e6)} / {_latency(seen['e2e_ns'], 'p99', 1e6)} ms"
+        for where, seen in zip(run.document.get("servers", []), run.summary.get("servers", []), strict=True)
+    ]
+
+
 def errors(run: Run) -> list[tuple[str, int]]:
     """The most frequent error texts of measured rows with their counts; the last entry sums up what is not listed."""
     if not run.summary["failed"]:

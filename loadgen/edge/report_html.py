@@ -10,7 +10,7 @@ import base64
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib.metadata import version
 from typing import Any
@@ -26,6 +26,7 @@ from loadgen.edge.store import Run
 KEY_FIGURES = ("ttft_ns", "tpot_ns", "step_ns", "e2e_ns", "tokens_per_s", "frames_per_s", "seconds_per_video",
                "goodput_qps", "tokens_per_joule", "failed")  # fmt: skip
 WHY = (("reasons", "Why it is INVALID"), ("cautions", "Cautions"))
+ROOFLINE = "Roofline <small>what the hardware would allow</small>"
 LACKING = (("lacking", "Lacking for MLPerf length"),)
 
 
@@ -48,7 +49,8 @@ def html(runs: Sequence[Run]) -> str:
         _findings(runs, WHY),
         *(clips_section(r, f"{_name(r, runs)}: " if len(runs) > 1 else "") for r in runs),
         *plots_and_table,
-        _roofline(runs),
+        _listed(runs, "Servers", report_data.servers),
+        _listed(runs, ROOFLINE, physics.lines),
         _findings(runs, LACKING),
         _how_to_read({r.scenario.family for r in runs}),
         _footer(runs),
@@ -214,12 +216,12 @@ def _remarks(title: str, reasons: list[dict[str, Any]]) -> str:
             f"</tr>{''.join(f'<tr>{r}</tr>' for r in rows)}</table>")  # fmt: skip
 
 
-def _roofline(runs: Sequence[Run]) -> str:
-    """What the hardware would allow, beside what was measured; nothing where no limit is known."""
+def _listed(runs: Sequence[Run], title: str, lines: Callable[[Run], list[str]]) -> str:
+    """Lines of each run under a title; nothing where there are none."""
     several = len(runs) > 1
-    found = [(f"{_name(r, runs)}: " if several else "") + escape(line) for r in runs for line in physics.lines(r)]
+    found = [(f"{_name(r, runs)}: " if several else "") + escape(line) for r in runs for line in lines(r)]
     items = "".join(f"<p>{line}</p>" for line in found)
-    return f"<h2>Roofline <small>what the hardware would allow</small></h2>{items}" if found else ""
+    return f"<h2>{title}</h2>{items}" if found else ""
 
 
 def _how_to_read(families: set[str]) -> str:

@@ -48,17 +48,33 @@ def metrics_url(host: str, wanted: str) -> str | None:
     return None
 
 
-def fetch(host: str, model: str, page: str | None) -> dict[str, Any]:
-    """Statistics of `model` (summed over versions) and its metric series now; None where the server gives none."""
-    out: dict[str, Any] = {"statistics": None, "page": None}
+def fetch(hosts: Sequence[str], model: str, pages: Sequence[str]) -> dict[str, Any]:
+    """Statistics of `model` (over versions) and its metric series now, sums over servers; None where one gives none."""
+    statistics = [_statistics(host, model) for host in hosts]
+    metrics = [_series(page, model) for page in pages]
+    complete = len(pages) == len(hosts)
+    return {"statistics": _sum(statistics), "page": _sum(metrics) if complete else None, "servers": len(hosts)}
+
+
+def _statistics(host: str, model: str) -> Counts | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         url = f"{host.rstrip('/')}/v2/models/{quote(model, safe='')}/stats"
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-            out["statistics"] = flat(json.load(response))
-    if page:
-        with contextlib.suppress(Missing, ValueError):
-            out["page"] = series(scrape(page), model)
-    return out
+            return flat(json.load(response))
+    return None
+
+
+def _series(page: str, model: str) -> Counts | None:
+    with contextlib.suppress(Missing, ValueError):
+        return series(scrape(page), model)
+    return None
+
+
+def _sum(parts: Sequence[Counts | None]) -> Counts | None:
+    known = [part for part in parts if part is not None]
+    if not parts or len(known) < len(parts):
+        return None
+    return {name: sum(part.get(name, 0) for part in known) for name in dict.fromkeys(n for part in known for n in part)}
 
 
 def flat(document: Mapping[str, Any]) -> Counts:
@@ -92,6 +108,8 @@ def describe(
         unknown.append("the server gave no statistics before and after the run")
     if page is None:
         unknown.append("no metrics page of the server was found: give --server-metrics its URL")
+    if (after or {}).get("servers", 1) > 1:
+        unknown.append(f"gauges are those of the first of {after['servers']} servers")  # type: ignore[index]
     counters = {k: v for k, v in (page or {}).items() if cumulative(k) and v > 0}
     gauges = {k: _over(t, end_ns) for k, t in tracks.items() if not cumulative(k)}
     out: dict[str, Any] = {

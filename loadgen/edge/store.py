@@ -64,10 +64,10 @@ def to_rows(table: pa.Table) -> Rows:
     table = table.combine_chunks()
     out: dict[str, Any] = {}
     for name in {f.name for f in fields(Rows)} & {c.name for c in SCHEMA} - {"chunk_ns", "chunk_tokens", "outcome"}:
-        if name in table.column_names:  # asked_in came later than the first sealed runs
+        if name in table.column_names:  # asked_in and server came later than the first sealed runs
             out[name] = table[name].cast(pa.int64()).fill_null(NEVER).to_numpy()
         else:
-            out[name] = np.full(len(table), NEVER, dtype=np.int64)
+            out[name] = np.full(len(table), 0 if name == "server" else NEVER, dtype=np.int64)
     out["measured"] = pc.equal(table["phase"], Phase.MEASURE.value).to_numpy()
     out["outcome"] = pc.index_in(table["outcome"], value_set=_OUTCOMES).cast(pa.int8()).to_numpy()
     lengths = table["chunk_ns"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
@@ -177,7 +177,7 @@ def seal(
                     del table
                     pa.default_memory_pool().release_unused()
 
-            summary, rows = summarise(copied(), scenario)
+            summary, rows = summarise(copied(), scenario, len(document.get("servers") or [0]))
         audit = make_audit(rows)
         verdict = judge(summary, rows, scenario, audit)
         measured: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,26 +58,28 @@ class Settings:
 class Telemetry:
     """One run's telemetry: `start`, `before` T0, `mark` T0, `after` the last response."""
 
-    def __init__(self, settings: Settings, host: str, model: str, live: Live) -> None:
-        self.settings, self.host, self.model, self.live = settings, host, model, live
+    def __init__(self, settings: Settings, hosts: Sequence[str], model: str, live: Live) -> None:
+        self.settings, self.hosts, self.model, self.live = settings, hosts, model, live
         self.process: subprocess.Popen[bytes] | None = None
         self.shower: gevent.Greenlet | None = None
         self.newest: dict[str, dict[str, Any]] = {}
-        self.page: str | None = None
+        self.pages: list[str] = []
 
     def start(self, folder: Path) -> None:
         """Begins to sample into the run's folder. The server is asked for its metrics page here, before any load."""
         if self.settings.source == "off" and self.settings.server == "off":
             return
         self.path = folder / STREAM
-        self.page = server_stats.metrics_url(self.host, self.settings.server)
+        pages = [server_stats.metrics_url(host, self.settings.server) for host in self.hosts]
+        self.pages = list(dict.fromkeys(page for page in pages if page))
         command = [sys.executable, "-m", "loadgen.edge.telemetry_sampler", "--out", str(self.path),
                    "--hz", str(self.settings.hz), "--model", self.model]  # fmt: skip
         source = self._sources(command)
-        if self.page:
-            command += ["--server", self.page]
+        if self.pages:
+            command += ["--server", self.pages[0]]
         gpus = self.settings.gpus.replace(" ", "").split(",") if self.settings.gpus else None
-        self._tell({"settings": {"source": source, "hz": self.settings.hz, "gpus": gpus, "page": self.page}})
+        page = self.pages[0] if self.pages else None
+        self._tell({"settings": {"source": source, "hz": self.settings.hz, "gpus": gpus, "page": page}})
         try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -92,7 +95,7 @@ class Telemetry:
         if self.process:
             self._wait(time.monotonic_ns(), FIRST_SAMPLE_S, "any")
             gevent.sleep(SETTLE_S)
-            self._tell({"before": server_stats.fetch(self.host, self.model, self.page)})
+            self._tell({"before": server_stats.fetch(self.hosts, self.model, self.pages)})
 
     def mark(self, t0_wall_ns: int) -> None:
         """T0 on this host's monotonic clock, which the sampler's stamps are of."""
@@ -105,7 +108,7 @@ class Telemetry:
             return
         ended = time.monotonic_ns()
         gevent.sleep(AFTER_S)
-        self._tell({"after": server_stats.fetch(self.host, self.model, self.page)})
+        self._tell({"after": server_stats.fetch(self.hosts, self.model, self.pages)})
         self._wait(ended, LAST_SAMPLE_S - AFTER_S, "all")
         self.stop()
 
@@ -124,9 +127,12 @@ class Telemetry:
 
     def _sources(self, command: list[str]) -> str | None:
         """Appends what is to be sampled; returns a word for the run's document."""
-        source, local = self.settings.source, is_local(self.host)
+        source, local = self.settings.source, all(map(is_local, self.hosts))
         if source == "off":
             return "off"
+        if len(self.hosts) > 1 and not local:
+            self._tell({"missing": f"the power of {len(self.hosts)} servers' hosts is not added up"})
+            return None
         if local:
             command.append("--host")
         if source.startswith("http"):
@@ -137,9 +143,10 @@ class Telemetry:
                 command += ["--nvml", "pynvml"]
             else:
                 self._tell({"missing": "nvidia-ml-py is not installed: pip install 'tritonmark[gpu]'"})
-        if self.page and source == "auto":
-            command += ["--gpus-from", self.page]
-        return "nvml" if "--nvml" in command else self.page
+        page = self.pages[0] if self.pages else None
+        if page and source == "auto":
+            command += ["--gpus-from", page]
+        return "nvml" if "--nvml" in command else page
 
     def _tell(self, line: dict[str, Any]) -> None:
         with contextlib.suppress(OSError), self.path.open("a") as file:

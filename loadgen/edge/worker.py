@@ -82,18 +82,21 @@ def _padded(count: int, dataset: int | None) -> int:
 class LoadWorker:
     """One worker's share of one run.
 
-    `plan` is the conductor's message: scenario, host, model, worker (index), workers, tag. `send(kind, data)` carries
-    "ready", "rows" and "end" messages back; `fire(record)` shows a finished request to Locust.
+    `plan` is the conductor's message: scenario, hosts, turns (whose each slot is), model, worker (index), workers, tag.
+    `send(kind, data)` carries "ready", "rows" and "end" messages back; `fire(record)` shows Locust a finished request.
     """
 
     def __init__(self, plan: dict[str, Any], send: Send, fire: Callable[[Record], None]) -> None:
         self.scenario = Scenario.from_json(plan["scenario"])
         self.index, self.workers = plan["worker"], plan["workers"]
         self.clock = Clock()
-        self.client = (TritonVideo if self.scenario.clip else TritonHttp)(
-            plan["host"], plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock, kernel_stamps=True,
-            keep_outputs=self.scenario.keep_outputs,
-        )  # fmt: skip
+        make = TritonVideo if self.scenario.clip else TritonHttp
+        self.turns = plan["turns"]
+        self.clients = [
+            make(host, plan["model"], timeout_s=self.scenario.timeout_s, clock=self.clock, kernel_stamps=True,
+                 keep_outputs=self.scenario.keep_outputs)
+            for host in plan["hosts"]
+        ]  # fmt: skip
         self.library = PromptLibrary(self.scenario.prompts, self.scenario, plan["tag"], plan["dialect"])
         if len(self.library) != self.scenario.library_size:
             raise UserError(f"load worker {self.index} finds {len(self.library)} prompts, the conductor "
@@ -133,7 +136,8 @@ class LoadWorker:
             for record in list(self.open.values()):  # killed before its greenlet began: nobody else can say so
                 record.outcome, record.done_ns, record.error = Outcome.CUT, self.clock(), "cut: before it was sent"
                 self._finish(record)
-            self.client.close()
+            for client in self.clients:
+                client.close()
             self.flush()
             self.send("end", {"worker": self.index, "ended": self.ended, "dispatched": self.sent, **self.audit()})
 
@@ -230,7 +234,8 @@ class LoadWorker:
 
     def _record(self, seq: int, sample: int, due_ns: int, phase: Phase = Phase.MEASURE) -> Record:
         query = seq // self.scenario.samples_per_query
-        return Record(seq, query, sample, self.index, phase, due_ns, *self.library.asks(sample))
+        server = self.turns[seq % len(self.turns)]
+        return Record(seq, query, sample, self.index, phase, due_ns, *self.library.asks(sample), server=server)
 
     def _spawn(self, record: Record) -> gevent.Greenlet:
         self.open[id(record)] = record
@@ -238,7 +243,7 @@ class LoadWorker:
 
     def _request(self, record: Record) -> None:
         try:
-            self.client.stream(self.library.body(record.sample, f"{self.tag}-{record.seq}"), record)
+            self.clients[record.server].stream(self.library.body(record.sample, f"{self.tag}-{record.seq}"), record)
         finally:
             self._finish(record)
 

@@ -23,6 +23,7 @@ def make_rows(specs: list[dict[str, Any]]) -> Rows:
         query=column("query", lambda i, s: s.get("query", i)),
         sample=column("sample", 0),
         worker=column("worker", 0),
+        server=column("server", 0),
         measured=np.array([s.get("phase", "measure") == "measure" for s in specs], dtype=bool),
         due_ns=column("due", 0),
         sent_ns=column("sent", lambda i, s: s.get("sent", s["due"])),

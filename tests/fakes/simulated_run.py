@@ -67,7 +67,8 @@ def _batch(
     counts = pa.array(np.where(bad, 0, tokens).astype(np.int32))
     columns = {
         "seq": seq, "query": seq // scenario.samples_per_query, "sample": sample[part],
-        "worker": np.zeros(rows, dtype=np.int16), "phase": pa.array([Phase.MEASURE.value] * rows),
+        "worker": np.zeros(rows, dtype=np.int16), "server": np.zeros(rows, dtype=np.int16),
+        "phase": pa.array([Phase.MEASURE.value] * rows),
         "due_ns": due, "sent_ns": due + 1000, "first_ns": pa.array(first, mask=bad), "done_ns": done,
         "tokens_in": np.full(rows, 7, dtype=np.int32), "tokens_out": counts, "usage_out": counts,
         "asked_out": np.full(rows, tokens, dtype=np.int32),

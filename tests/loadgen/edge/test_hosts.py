@@ -26,11 +26,11 @@ def write(folder, text):
 
 
 def test_label_counts_each_gpu_once():
-    assert hosts.label_of_page(PAGE) == "2x-NVIDIA H100 80GB HBM3"
-    assert hosts.label_of_page(PAGE.replace('UUID="GPU-b",device="nvidia1",modelName="NVIDIA H100 80GB HBM3"',
+    assert hosts.label_of_pages(PAGE) == "2x-NVIDIA H100 80GB HBM3"
+    assert hosts.label_of_pages(PAGE.replace('UUID="GPU-b",device="nvidia1",modelName="NVIDIA H100 80GB HBM3"',
                                             'UUID="GPU-b",modelName="NVIDIA A100"')) == (
         "1x-NVIDIA A100 + 1x-NVIDIA H100 80GB HBM3")  # fmt: skip
-    assert hosts.label_of_page("# nothing\n") is None
+    assert hosts.label_of_pages("# nothing\n") is None
 
 
 @pytest.fixture
@@ -61,7 +61,11 @@ def test_targets_carry_the_probed_label_and_every_triton(tmp_path, dcgm):
     assert triton == {"targets": ["127.0.0.1:8002", "127.0.0.1:8012"], "labels": {"job": "triton", **labels}}
     assert exporter["labels"] == {"job": "dcgm", **labels}
     assert list(out.parent.iterdir()) == [out]
-    assert CliRunner().invoke(command, ["label", "--dcgm", dcgm]).output == "2x-NVIDIA H100 80GB HBM3\n"
+    for urls in (dcgm, f"{dcgm},{dcgm}"):  # the same GPUs are counted once
+        assert CliRunner().invoke(command, ["label", "--dcgm", urls]).output == "2x-NVIDIA H100 80GB HBM3\n"
+    assert hosts.label_of_pages(*[PAGE.replace("UUID", "uuid")] * 2) == "4x-NVIDIA H100 80GB HBM3"
+    urls = CliRunner().invoke(command, ["urls", str(path)]).output
+    assert urls == "http://127.0.0.1:8000,http://127.0.0.1:8010\n"
 
 
 def test_the_stated_label_is_used_while_the_host_is_silent(tmp_path, monkeypatch):
