@@ -7,6 +7,7 @@ measured ones; they are marked by `source`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,7 +20,7 @@ from loadgen.core.metrics import METRICS
 from loadgen.edge import history_names as names
 from loadgen.edge import physics, store
 from loadgen.edge.fingerprint import hardware, load_of
-from loadgen.edge.hardware_catalogue import Gpu, of_label
+from loadgen.edge.hardware_catalogue import Gpu, catalogue, of_label
 from loadgen.edge.history_names import Family
 from loadgen.edge.import_mlperf import Published, medians
 from loadgen.edge.live_names import LABEL_CHARS, run_labels
@@ -51,6 +52,7 @@ class History:
     currency: str = ""
     published: Sequence[Shown] = ()
     _read: dict[Path, Entry] = field(default_factory=dict)
+    _copies: dict[Path, str] = field(default_factory=dict)
 
     def scan(self) -> list[tuple[Path, str]]:
         """Looks at the folder again; what could not be read just now, with the reason."""
@@ -67,20 +69,19 @@ class History:
                 if isinstance(known[1], str):
                     news.append((path, known[1]))
             found[path] = known
-        news += self._drop_copies(found)
-        self._read = found
+        copies = self._copied(found)
+        news += [(path, reason) for path, reason in copies.items() if path not in self._copies]
+        self._read, self._copies = found, copies
         return news
 
-    def _drop_copies(self, found: dict[Path, Entry]) -> list[tuple[Path, str]]:
+    def _copied(self, found: Mapping[Path, Entry]) -> dict[Path, str]:
         """A run that lies there twice would be two series of one name, for which Prometheus refuses the whole page."""
         first: dict[tuple[str, ...], Path] = {}
-        news = []
-        for path, (key, run) in found.items():
-            if isinstance(run, Shown) and first.setdefault(run.labels, path) != path:
-                reason = f"is a copy of {first[run.labels]}"
-                found[path] = key, reason
-                news.append((path, reason))
-        return news
+        return {
+            path: f"is a copy of {first[run.labels]}"
+            for path, (_, run) in found.items()
+            if isinstance(run, Shown) and first.setdefault(run.labels, path) != path
+        }
 
     def _shown(self, path: Path) -> Shown | str:
         try:
@@ -90,22 +91,24 @@ class History:
             if "seal" in document and store.digest(document) != document["seal"]:
                 return "was changed after it was sealed"
             return shown(store.Run(path.parent, document), self.prices, self.currency)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"is not a sealed run ({type(error).__name__}: {error})"
+        except Exception as error:  # one broken file may not hide the other runs, whatever is wrong with it
+            return f"is not a sealed run ({' '.join(f'{type(error).__name__}: {error}'.split())})"
 
     def runs(self) -> list[Shown]:
-        return [run for _, run in self._read.values() if isinstance(run, Shown)]
+        return [run for path, (_, run) in self._read.items() if isinstance(run, Shown) and path not in self._copies]
 
     def folder(self, run_id: str) -> Path | None:
         """Where the run with that id lies."""
         at = names.LABELS.index("run")
-        return next((path.parent for path, (_, run) in self._read.items()
-                     if isinstance(run, Shown) and run.labels[at] == run_id), None)  # fmt: skip
+        for path, (_, run) in self._read.items():
+            if isinstance(run, Shown) and path not in self._copies and run.labels[at] == run_id:
+                return path.parent
+        return None
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """prometheus_client's protocol: families as of the last scan."""
         yield from metrics([*self.runs(), *self.published])
-        unreadable = sum(isinstance(run, str) for _, run in self._read.values())
+        unreadable = len(self._copies) + sum(isinstance(run, str) for _, run in self._read.values())
         yield GaugeMetricFamily(names.UNREADABLE.name, names.UNREADABLE.help, value=unreadable)
 
 
@@ -124,7 +127,7 @@ def metrics(runs: Iterable[Shown], timed: bool = False) -> Iterator[GaugeMetricF
 
 
 def shown(run: store.Run, prices: Mapping[str, float], currency: str) -> Shown:
-    """The series of a sealed run. Raises KeyError, ValueError or TypeError for a document that is not one."""
+    """The series of a sealed run. Raises ValueError or whatever else comes of a document that is not one."""
     document, summary, scenario = run.document, run.summary, run.scenario
     where = hardware(run)
     start_s = _start_s(document)
@@ -154,6 +157,11 @@ def shown(run: store.Run, prices: Mapping[str, float], currency: str) -> Shown:
     cost = cost_per(1.0 if video else 1e6, per_s, price, where.count)
     if cost is not None:
         samples.append((names.VIDEO_COST if video else names.TOKEN_COST, (currency,), cost))
+    for family, own, value in samples:
+        "".join(own).encode()  # half a character, which JSON can hold, would spoil the page of all runs
+        if not math.isfinite(value):
+            raise ValueError(f"{family.name} would be {value}")
+    "".join(labels).encode()
     return Shown(tuple(text[:LABEL_CHARS] for text in labels), tuple(samples), end_s)
 
 
@@ -185,10 +193,18 @@ def of_published(rows: Sequence[Published]) -> list[Shown]:
             figures.setdefault(labels, []).append((names.per_gpu(METRIC[name]), (), float(m["median"])))
     at = names.LABELS.index("hardware")
     return [
-        Shown(of, ((names.INFO, (*_generation(of_label(of[at]), of[at]), ""), 1.0), (names.VALID, (), 1.0),
+        Shown(of, ((names.INFO, (*_generation(_named(of[at]), of[at]), ""), 1.0), (names.VALID, (), 1.0),
                    (names.GPUS, (), 1.0), *dict.fromkeys(samples)))
         for of, samples in figures.items()
     ]  # fmt: skip
+
+
+def _named(accelerator: str) -> Gpu | None:
+    """The catalogue's GPU behind MLCommons' name of it: "NVIDIA H200-SXM-141GB" is the H200 SXM."""
+    plain = store.slug(accelerator).removeprefix("nvidia-") + "-"
+    found = [(len(name), gpu) for gpu in catalogue().values() for name in (gpu.key, store.slug(gpu.name))
+             if plain.startswith(f"{name}-")]  # fmt: skip
+    return max(found, key=lambda f: f[0])[1] if found else of_label(accelerator)
 
 
 def _generation(gpu: Gpu | None, otherwise: str) -> tuple[str, str, str]:

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -19,7 +20,6 @@ from loadgen.edge.errors import UserError
 from loadgen.edge.history import History, Shown, metrics, of_published
 from loadgen.edge.import_mlperf import read
 from loadgen.edge.live_server import bound
-from loadgen.edge.report_cli import write
 
 PORT = 9465
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -43,6 +43,9 @@ def history(
     """
     if not results.is_dir():
         raise UserError(f"{results} is not a folder; give the one that holds sealed runs, such as results")
+    if openmetrics is not None and published:
+        raise UserError("--openmetrics gives each run the time when it ended, and --published results have none; "
+                        "leave one of them out")  # fmt: skip
     price, currency = hardware_catalogue.prices(prices)
     others = of_published([row for path in published for row in read(path)])
     task = History(results, price, currency, others)
@@ -60,7 +63,7 @@ def tell(task: History) -> None:
 
 
 def export(runs: list[Shown], out: Path) -> None:
-    """OpenMetrics text, every sample at the end of its run."""
+    """OpenMetrics text, every sample at the end of its run. Raises UserError where `out` cannot be written."""
 
     class Timed:
         def collect(self) -> Iterable[Any]:
@@ -72,7 +75,14 @@ def export(runs: list[Shown], out: Path) -> None:
     if str(out) == "-":
         click.echo(text, nl=False)
     else:
-        write(out, text)
+        part = out.with_name(f"{out.name}.part")  # a full disk leaves no half file, and what was there before
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(out)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise UserError(f"cannot write {out}: {error.strerror}; give --openmetrics another file") from None
         click.echo(f"{len(runs)} runs in {out}")
 
 
@@ -90,12 +100,17 @@ def serve(task: History, bind: str, port: int) -> None:
             if path == "/metrics":
                 return page(environ, start)
             folder = task.folder(unquote(path.removeprefix("/report/"))) if path.startswith("/report/") else None
-        if folder is None:
-            start("404 Not Found", [("Content-Type", "text/plain")])
-            return [b"/metrics, or /report/RUN for a run below the results\n"]
-        body = report_html.html([store.load(folder)]).encode()
-        start("200 OK", [("Content-Type", "text/html; charset=utf-8")])
-        return [body]
+        text = "/metrics, or /report/RUN for a run below the results"
+        if folder is not None:
+            try:
+                body = report_html.html([store.load(folder)]).encode()
+            except UserError as error:  # such as records that were changed after the run was sealed
+                text = str(error)
+            else:
+                start("200 OK", [("Content-Type", "text/html; charset=utf-8")])
+                return [body]
+        start("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{text}\n".encode()]
 
     try:
         server = bound(application, port, bind, tries=1)

@@ -27,7 +27,12 @@ from loadgen.edge.history import History
 from loadgen.edge.history_cli import history
 from loadgen.edge.import_mlperf import medians, read
 
-PUBLISHED = Path(__file__).parents[4] / "shared" / "data" / "mlperf" / "inference_v5.1_summary_results.json"
+BESIDE = sorted(Path(__file__).parents[4].glob("*/data/mlperf/inference_v*_summary_results.json"))
+DATA = Path(os.environ.get("TRITONMARK_MLPERF_DATA", BESIDE[0].parent if BESIDE else "no published files"))
+PUBLISHED = sorted(DATA.glob("inference_v*_summary_results.json"))  # all rounds; see test_import_mlperf.py
+ROW = {"ID": "6.0-0001", "Submitter": "S", "Category": "closed", "Suite": "datacenter", "Platform": "8xGPU",
+       "Model": "llama2-70b-99", "Scenario": "offline", "Nodes": 2, "Accelerator": "NVIDIA H200-SXM-141GB", "a#": "4",
+       "version": "v6.0", "Performance_Result": 800.0, "Performance_Units": "Tokens/s"}  # fmt: skip
 needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed (apt: prometheus)")
 
 
@@ -83,7 +88,8 @@ def test_every_figure_of_the_summary_is_there_and_equal(served, tmp_path):
                 assert of(found, family, run=name) == ([] if value is None else [pytest.approx(value)]), metric.name
     assert of(found, "tritonmark_sealed_ttft_seconds", run="run", stat="p99") == [], "a failed one has no latency"
     assert of(found, names.VALID.name, run="run") == [float(run.valid)]
-    labels = {"generation": "Hopper", "gpu": "H200 SXM", "backend": "vllm", "load": "single stream", "source": "measured"}
+    labels = {"generation": "Hopper", "gpu": "H200 SXM", "backend": "vllm", "load": "single stream"}
+    labels["source"] = "measured"
     assert of(found, names.INFO.name, **labels) == [1.0]
     assert of(found, names.SHARE.name, work="decode", run=gpu.document["run_id"])[0] > 0
     assert of(found, names.UNREADABLE.name) == [0.0]
@@ -102,15 +108,25 @@ def test_runs_come_and_go_and_what_is_broken_is_counted_and_named(served, tmp_pa
     document = (run.folder / "run.json").read_text()
     changed = json.loads(document)
     changed["summary"]["tokens_out"] += 1
-    bad = {"half": document[:100], "changed": json.dumps(changed), "other": "[]", "empty": "{}", "copy": document}
+    bad = {"half": document[:100], "changed": json.dumps(changed), "other": "[]", "empty": "{}", "the copy": document,
+           "deep": "[" * 100_000}  # fmt: skip
+    for name, value in {"model": "\ud800", "started_utc": "never", "summary": changed["summary"] | {"qps": 10**400},
+                        "scenario": None, "hardware": [1]}.items():  # fmt: skip
+        odd = json.loads(document) | {"run_id": name, name: value}
+        bad[name] = json.dumps(odd | {"seal": store.digest(odd)})
     for name, text in bad.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(text)
     found = samples(page())
     assert of(found, names.UNREADABLE.name) == [len(bad)] and len(of(found, names.INFO.name)) == 1
+    with (run.folder / "records.parquet").open("a") as records:
+        records.write("more")
+    with pytest.raises(urllib.error.HTTPError, match="404") as refused:
+        page("/report/run")
+    assert "was changed after the run was sealed" in refused.value.read().decode()
     shutil.rmtree(run.folder)
     assert len(of(samples(page()), names.INFO.name)) == 1, "the copy takes its place"
-    shutil.rmtree(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "the copy")
     assert of(samples(page()), names.INFO.name) == []
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=10)
@@ -125,19 +141,42 @@ def test_prices_make_costs(served, tmp_path):
     run = grid.one(tmp_path, "H100", "vllm")
     prices = tmp_path / "prices.toml"
     prices.write_text('currency = "EUR"\n[per_gpu_hour]\nh100-sxm = 3.6\n')
-    found = samples(served(tmp_path, "--prices", str(prices))[1]())
+    process, page, _ = served(tmp_path, "--prices", str(prices))
+    found = samples(page())
     (cost,) = of(found, names.TOKEN_COST.name, currency="EUR")
     assert cost == pytest.approx(1e6 / run.summary["tokens_per_s"] / 3600 * 3.6)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0 and not errors
 
 
-@pytest.mark.skipif(not PUBLISHED.is_file(), reason="MLCommons' published results are not here")
 def test_published_results_stand_beside_and_are_marked(served, tmp_path):
-    found = samples(served(tmp_path, "--published", str(PUBLISHED))[1]())
-    wanted = [m for m in medians(read(PUBLISHED)) if m["unit"] in ("Tokens/s", "Samples/s", "Queries/s")]
+    run = grid.one(tmp_path / "results", "H200", "vllm")
+    file = tmp_path / "summary_results.json"
+    changes = [{}, {"Performance_Result": 1600.0, "ID": "6.0-0002"}, {"Category": "open"},
+               {"Performance_Result": 9.0, "Performance_Units": "Latency (ms)", "Scenario": "SingleStream"}]  # fmt: skip
+    file.write_text(json.dumps([ROW | change for change in changes]))
+    found = samples(served(tmp_path / "results", "--published", str(file))[1]())
+    family = names.per_gpu(next(m for m in METRICS if m.name == "tokens_per_s")).name
+    told = {"run": "MLPerf v6.0", "model": "llama2-70b-99", "scenario": "offline", "backend": "published"}
+    assert of(found, family, source="published", **told) == [150.0], "the median of 100 and 200 tokens/s per GPU"
+    assert of(found, family, source="measured") == [pytest.approx(run.summary["tokens_per_s"])]
+    assert of(found, names.INFO.name, source="published", gpu="H200 SXM", generation="Hopper", **told) == [1.0]
+    assert len(of(found, names.INFO.name)) == 2
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="no published MLPerf files; set TRITONMARK_MLPERF_DATA")
+@needs_promtool
+def test_all_published_rounds_are_shown_once(served, tmp_path):
+    page = served(tmp_path, *(word for path in PUBLISHED for word in ("--published", str(path))))[1]()
+    found = samples(page)
+    assert len(found) == sum(not line.startswith("#") for line in page.splitlines()), "no series stands there twice"
+    rows = [row for path in PUBLISHED for row in read(path)]
+    wanted = [m for m in medians(rows) if m["unit"] in ("Tokens/s", "Samples/s", "Queries/s")]
     shown = [v for (name, pairs), v in found.items() if name.startswith("tritonmark_sealed_gpu_")]
     assert sorted(shown) == sorted(m["median"] for m in wanted) and len(wanted) > 50
     assert not of(found, names.INFO.name, source="measured")
-    assert len(of(found, names.INFO.name, source="published", run="MLPerf v5.1")) <= len(wanted)
+    assert subprocess.run(["promtool", "check", "metrics"], input=page, text=True, check=False).returncode == 0
 
 
 @needs_promtool
@@ -200,7 +239,10 @@ def test_bad_input_is_one_line(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "choose another --port" in error(str(tmp_path), "--port", str(taken.getsockname()[1]))
-    assert "choose another" in error(str(tmp_path), "--openmetrics", str(tmp_path / "no" / "folder" / "x"))
+    assert "give --openmetrics another" in error(str(tmp_path), "--openmetrics", str(tmp_path / "no" / "folder" / "x"))
+    assert "give --openmetrics another" in error(str(tmp_path), "--openmetrics", str(tmp_path))
+    assert not list(tmp_path.parent.glob("*.part")), "half a file"
+    assert "leave one of them out" in error(str(tmp_path), "--openmetrics", "-", "--published", str(tmp_path / "x"))
     assert "cannot read --prices" in error(str(tmp_path), "--prices", str(tmp_path / "none.toml"))
 
 
