@@ -40,6 +40,9 @@ cleanup() {
 }
 trap cleanup EXIT
 
+client=$(docker version --format '{{.Client.Version}}' 2>/dev/null || true)
+[ "${client%%.*}" -lt 23 ] || docker buildx version >/dev/null 2>&1 \
+    || fail "this docker ($(command -v docker), $client) builds with buildx only; install it, or put Debian's docker first on PATH"
 if ! docker info >/dev/null 2>&1; then
     say "start a Docker daemon"
     export DOCKER_HOST=unix://$work/docker.sock

@@ -64,6 +64,7 @@ class Audit:
     scheduled_qps: float | None = None  # what the seeded schedule came to: (slots - 1) / (last due - first due)
     achieved_qps: float | None = None  # what was sent: (sent - 1) / (last sent - first sent)
     ended: str | None = None
+    left: tuple[int, ...] = ()  # workers that ended before the run did
     servers: tuple[str, ...] = ()  # where there are several
 
     def to_json(self) -> dict[str, Any]:
@@ -148,6 +149,9 @@ def _ending(rows: Rows, audit: Audit) -> list[Reason]:
     reasons = []
     if audit.ended:
         reasons.append(Reason("cut_off", audit.ended, "a run that ends by itself", "run it again to the end"))
+    if audit.left:
+        seen = f"worker {', '.join(map(str, audit.left))} of {audit.workers_expected} ended before the run did"
+        reasons.append(Reason("worker_left", seen, "every worker to the end", "look at its log and run again"))
     if audit.rows < audit.scheduled:
         missing = audit.scheduled - audit.rows
         lost = audit.workers_expected - len(audit.workers)

@@ -90,6 +90,7 @@ class Conductor:
         self.clocks = Clocks(lambda question, worker: send("ping", question, worker))
         self.ready: set[int] = set()
         self.absent: set[int] = set()  # not ready at T0: they take no part
+        self.left: set[int] = set()  # ended before the run did
         self.heard: dict[int, float] = {}  # when a worker last sent rows
         self.silent: dict[int, float] = {}  # s in which a worker was not heard of
         self.ends: dict[int, dict[str, Any]] = {}
@@ -168,6 +169,8 @@ class Conductor:
         elif kind == "end":
             self._hear(worker)
             self.ends[worker] = data
+            if data["ended"] == "stopped" and self.ended is None:
+                self.left.add(worker)  # by a signal, or told so because it came too late
             if data["ended"] and self.ended is None and data["ended"] != "stopped":
                 self.cut(data["ended"])
         else:
@@ -270,20 +273,20 @@ class Conductor:
             for w in sorted(self.ends)
         )
         dispatched = sum(end["dispatched"] for end in self.ends.values())
-        lost = self.workers - len(self.ends)
-        # A lost worker owes its stripe of an open-loop schedule; of a closed loop only what it had reported is known.
-        owed = sum(len(range(w, self.scheduled, self.workers)) for w in range(self.workers) if w not in self.ends)
+        # Of a closed loop, and of a run that was cut, only what a lost worker had reported is known.
         reported = sum(s["sent"] for w, s in self.state.items() if w not in self.ends)
+        planned = self.scheduled if self.scenario.kind.open_loop and not self.ended else 0
         return Audit(
             workers,
             self.workers,
-            scheduled=dispatched + (max(owed, reported) if lost and not self.ended else reported),
+            scheduled=planned or dispatched + reported,
             rows=len(rows),
             wall_s=max((end["wall_s"] for end in self.ends.values()), default=0.0),
             requested_qps=self.scenario.target_qps if self.scenario.kind.open_loop else None,
             achieved_qps=_rate(rows.sent_ns),
             scheduled_qps=_rate(rows.due_ns),
             ended=self.ended,
+            left=() if self.ended else tuple(sorted(self.left)),  # a run that is cut ends all of them
             servers=tuple(server["url"] for server in self.document.get("servers", [])),
         )
 

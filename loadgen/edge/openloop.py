@@ -314,6 +314,8 @@ class Control:
         conductor = self.conductor
         if conductor is None or conductor.sealed.is_set():
             return
+        if isinstance(self.runner, MasterRunner) and not any(map(conductor.alive, range(conductor.workers))):
+            return  # Locust gives up when no worker can be reached; the conductor waits a little longer
         limit_s = seconds(self.environment.parsed_options.run_time)
         if not limit_s or time.monotonic() - self.started < limit_s - 0.5:
             conductor.cut("stopped by the user")

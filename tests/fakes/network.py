@@ -17,10 +17,18 @@ def available() -> str:
     """Why there can be no hosts here; empty where there can."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         return "network namespaces need root and iproute2"
-    probe = f"tm{os.getpid()}p"
-    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
-    return made.stderr.strip()
+    try:
+        with Lan() as lan:
+            lan.host()
+    except subprocess.CalledProcessError as error:
+        return f"no network namespaces here: {error.stderr.strip()}"
+    return ""
+
+
+def clocks_can_differ() -> bool:
+    """Has this kernel time namespaces?"""
+    command = ["unshare", "--time", "--monotonic", "1", "--fork", "true"]
+    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def ip(*words: str, inside: str = "") -> None:
@@ -66,8 +74,12 @@ class Lan:
 
     def __enter__(self) -> Lan:
         ip("netns", "add", self.name)
-        ip("link", "add", "br0", "type", "bridge", inside=self.name)
-        ip("link", "set", "br0", "up", inside=self.name)
+        try:
+            ip("link", "add", "br0", "type", "bridge", inside=self.name)
+            ip("link", "set", "br0", "up", inside=self.name)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def host(self) -> Host:
@@ -83,7 +95,7 @@ class Lan:
             process.kill()
             process.wait()
         for name in [*(host.name for host in self.hosts), self.name]:
-            ip("netns", "del", name)
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def main(listen: str, target: str, port: int, delay_ms: float) -> None:

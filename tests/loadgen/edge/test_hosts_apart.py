@@ -16,6 +16,7 @@ import pytest
 from loadgen.core.metrics import join
 from loadgen.core.schedule import loadgen_poisson
 from loadgen.edge import store
+from loadgen.edge.worker import due_times
 
 LLM = str(Path(__file__).parents[3] / "loadgen" / "llm.py")
 FAKE = str(Path(__file__).parents[2] / "fakes" / "triton_server.py")
@@ -94,6 +95,7 @@ def workers(run):
     return {w["worker"]: w for w in run.document["audit"]["workers"]}
 
 
+@pytest.mark.skipif(not network.clocks_can_differ(), reason="this kernel has no time namespaces")
 def test_a_far_worker_with_another_clock_sends_its_slots_when_they_are_due(site):
     """One worker is 50 ms away, and its clock 5,000 s ahead: the arrivals are still LoadGen's, and one process's."""
     relay = site.lan.host()
@@ -136,6 +138,35 @@ def test_a_killed_worker_is_named_and_a_new_one_changes_nothing(site):
     assert np.array_equal(rows.seq[rows.seq % 3 != lost], whole[whole % 3 != lost]), "the others are complete"
     own = rows.seq[rows.seq % 3 == lost]
     assert np.array_equal(own, whole[whole % 3 == lost][: len(own)]), "its rows are those until it died"
+
+
+def test_a_worker_that_is_told_to_end_leaves_slots_behind(site):
+    site.master("4s")
+    processes = [site.worker(n) for n in range(3)]
+    site.measuring()
+    processes[1].terminate()  # as when its host shuts down: it says good-bye
+    run, rows = site.end(40)
+    assert codes(run) - CLIENT - {"min_duration", "unfinished"} == {"worker_left", "missing_rows"}
+    (reason,) = [r for r in run.document["verdict"]["reasons"] if r["code"] == "worker_left"]
+    scheduled = run.document["audit"]["scheduled"]
+    assert len(rows) < scheduled and scheduled == len(due_times(run.scenario))
+    sent = [int((rows.worker == n).sum()) for n in range(3)]
+    assert f"worker {sent.index(min(sent))} of 3 ended before the run did" == reason["seen"]
+
+
+def test_the_masters_link_is_cut_for_5_s(site):
+    """No worker can be reached for a while: Locust would give up, the run does not."""
+    site.master("7s")
+    for n in range(3):
+        site.worker(n)
+    site.measuring()
+    site.master_host.cut()
+    time.sleep(5)
+    site.master_host.join()
+    run, rows = site.end(60)
+    assert np.array_equal(rows.seq, np.arange(len(rows))) and len(rows) == run.document["audit"]["scheduled"]
+    assert codes(run) <= CLIENT, run.document["verdict"]
+    assert all(4 < w["silent_s"] < 14 for w in workers(run).values()) and len(workers(run)) == 3
 
 
 def test_a_link_that_is_cut_for_5_s_loses_no_row_and_its_waits_count(site):
