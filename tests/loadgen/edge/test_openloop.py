@@ -18,6 +18,7 @@ import pytest
 from loadgen.core.record import Outcome
 from loadgen.core.schedule import loadgen_poisson
 from loadgen.edge import scenarios, store
+from loadgen.edge.launch import own_port
 from loadgen.edge.samples import PromptLibrary, sample_indices
 
 LLM = str(Path(__file__).parents[3] / "loadgen" / "llm.py")
@@ -32,7 +33,7 @@ class Load:
 
     def start(self, *arguments: str, headless: bool = True) -> subprocess.Popen:
         command = [sys.executable, "-m", "locust", "-f", LLM, "--host", self.url, "--model", "fake", "--only-summary",
-                   "--results", str(self.results), *(["--headless"] if headless else []), *arguments]  # fmt: skip
+                   "--results", str(self.results), *(["--headless"] if headless else []), *arguments, *own_port(list(arguments))]  # fmt: skip
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                 text=True, start_new_session=True)  # fmt: skip
 
