@@ -27,7 +27,9 @@ def test_equal_shares_are_round_robin():
 
 
 def test_what_each_server_did():
-    specs = [{"due": k * 100, "chunks": [k * 100 + 10 * (1 + k % 2)], "tokens": [3], "server": k % 2} for k in range(10)]
+    specs = [
+        {"due": k * 100, "chunks": [k * 100 + 10 * (1 + k % 2)], "tokens": [3], "server": k % 2} for k in range(10)
+    ]
     specs[3] |= {"outcome": "error", "chunks": [], "tokens": [], "done": 400}
     first, second = by_server(make_rows(specs), 2)
     assert (first["requests"], first["failed"], first["tokens_out"]) == (5, 0, 15)

@@ -29,7 +29,9 @@ def two():
 def load(results, hosts, model, *arguments):
     command = [sys.executable, "-m", "locust", "-f", LLM, "--headless", "--only-summary", "--host", ",".join(hosts),
                "--model", model, "--results", str(results), *arguments]  # fmt: skip
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finished(process, results):
