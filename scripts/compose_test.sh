@@ -9,8 +9,11 @@
 # Grafana and DCGM's exporter are not in Debian, and are not started here.
 #
 #   BASE_IMAGE=...     use this base and skip debootstrap
-#   SITE_CA=FILE       CA bundle to put into the base; SITE_PIP_CONF=FILE its pip.conf; SITE_WHEELS=DIR as /opt/wheels
+#   SITE_CA=FILE       CA bundle of the base, by default this host's; SITE_PIP_CONF=FILE its pip.conf, by default this
+#                      user's; SITE_WHEELS=DIR a folder of wheels that it names, by default PIP_FIND_LINKS
 #   SERVICES="..."     what to start
+#
+# Ends with 77 where no container can be run at all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export COMPOSE_PROJECT_NAME=tritonmark-test COMPOSE_PROFILES=cpu DOCKER_BUILDKIT=1 COMPOSE_DOCKER_CLI_BUILD=1
@@ -21,6 +24,7 @@ started= images=()
 
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 fail() { printf 'FAILED: %s\n' "$1" >&2; exit 1; }
+skip() { printf 'skipped: %s\n' "$1" >&2; exit 77; }
 # Docker's own listeners only: other programs of this machine come and go.
 sockets() { ss -Hltnp | awk '/"docker-proxy"/ {print $4}' | sort; }
 compose() { if command -v docker-compose >/dev/null; then docker-compose "$@"; else docker compose "$@"; fi; }
@@ -40,6 +44,7 @@ cleanup() {
 }
 trap cleanup EXIT
 
+for name in docker debootstrap ss; do command -v $name >/dev/null || skip "$name is not installed"; done
 client=$(docker version --format '{{.Client.Version}}' 2>/dev/null || true)
 [ "${client%%.*}" -lt 23 ] || docker buildx version >/dev/null 2>&1 \
     || fail "this docker ($(command -v docker), $client) builds with buildx only; install it, or put Debian's docker first on PATH"
@@ -50,21 +55,27 @@ if ! docker info >/dev/null 2>&1; then
         >"$work/dockerd.log" 2>&1 &
     started=$!
     for _ in $(seq 60); do docker info >/dev/null 2>&1 && break; sleep 1; done
-    docker info >/dev/null || { tail "$work/dockerd.log"; fail "the Docker daemon did not start"; }
+    docker info >/dev/null || { tail "$work/dockerd.log"; skip "no Docker daemon can be started here"; }
 fi
 
 if [ -z "${BASE_IMAGE:-}" ]; then
     say "base image by debootstrap"
     debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,libpython3.11,ca-certificates \
         bookworm "$work/base" http://deb.debian.org/debian >"$work/debootstrap.log"
-    [ -z "${SITE_CA:-}" ] || cp "$SITE_CA" "$work/base/etc/ssl/certs/ca-certificates.crt"
-    [ -z "${SITE_PIP_CONF:-}" ] || cp "$SITE_PIP_CONF" "$work/base/etc/pip.conf"
-    [ -z "${SITE_WHEELS:-}" ] || cp -r "$SITE_WHEELS" "$work/base/opt/wheels"
+    for file in "${SITE_CA:-}" "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt; do
+        [ -f "$file" ] && cp "$file" "$work/base/etc/ssl/certs/ca-certificates.crt" && break
+    done
+    for file in "${SITE_PIP_CONF:-}" "${PIP_CONFIG_FILE:-}" ~/.config/pip/pip.conf ~/.pip/pip.conf /etc/pip.conf; do
+        [ -f "$file" ] && cp "$file" "$work/base/etc/pip.conf" && break
+    done
+    wheels=${SITE_WHEELS:-${PIP_FIND_LINKS:-}}
+    [ ! -d "$wheels" ] || { mkdir -p "$work/base$(dirname "$wheels")" && cp -r "$wheels" "$work/base$wheels"; }
     BASE_IMAGE=$COMPOSE_PROJECT_NAME/base:local
     tar -C "$work/base" -c . | docker import --change 'ENV LANG=C.UTF-8' - "$BASE_IMAGE" >/dev/null
     images+=("$BASE_IMAGE")
     rm -rf "$work/base"
 fi
+docker run --rm "$BASE_IMAGE" true || skip "no container can be run here"
 
 export LOAD_IMAGE=$COMPOSE_PROJECT_NAME/load:local CPU_SERVER_IMAGE=$COMPOSE_PROJECT_NAME/cpu-server:local
 export PROMETHEUS_IMAGE=$COMPOSE_PROJECT_NAME/prometheus:local

@@ -15,8 +15,10 @@ tokens: count num_output_tokens, never responses. An end token counts as a token
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +42,13 @@ METRICS = (
 
 
 class OpenRequest:
-    """One request between its arrival and its final response."""
+    """One request between its arrival and its final response. `sending` is held while a response is handed to Triton:
+    one that came there behind the final response would find freed memory."""
 
-    __slots__ = ("prompt_tokens", "return_ids", "sender", "sent_tokens", "text")
+    __slots__ = ("prompt_tokens", "return_ids", "sender", "sending", "sent_tokens", "text")
 
     def __init__(self, sender, tokenizer, prompt_tokens: int, return_ids: bool) -> None:
-        self.sender = sender
+        self.sender, self.sending = sender, threading.Lock()
         self.text = TextStream(tokenizer)
         self.prompt_tokens = prompt_tokens
         self.return_ids = return_ids
@@ -102,7 +105,7 @@ class TritonPythonModel(DecoupledModel):
             if self._stopping or failure:
                 return refuse(sender, failure or "the model is being unloaded", pb_utils.TritonError.UNAVAILABLE)
             self._open[request_id] = OpenRequest(sender, self.tokenizer, len(ids), prompt.return_token_ids)
-            self._tally["tokens_in"] += len(ids)
+        self._count(tokens_in=len(ids))
         self._busy.set()
         if not self.engine.submit(request_id, ids, prompt):
             self._close(request_id)
@@ -122,8 +125,10 @@ class TritonPythonModel(DecoupledModel):
                 try:
                     self._send(output)
                 except Exception as error:  # one broken response must not end the others
-                    self._close(output.request_id)
                     pb_utils.Logger.log_error(f"response of {output.request_id} lost: {error}")
+                    if entry := self._close(output.request_id):
+                        with suppress(Exception), entry.sending:
+                            refuse(entry.sender, f"a response was lost: {error}", pb_utils.TritonError.INTERNAL)
             if not outputs and (failure := self.engine.failure()):
                 self._fail_all(failure)
                 return
@@ -145,7 +150,9 @@ class TritonPythonModel(DecoupledModel):
             reason = "stop" if output.tokens and output.tokens[-1] in self.engine.end_ids else "length"
             tensors += _ending(reason, entry.prompt_tokens, entry.sent_tokens)
         flags = FINAL if output.finished else 0
-        entry.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+        with entry.sending:
+            if output.finished or output.request_id in self._open:
+                entry.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
     def _look(self) -> bool:
         self._drop_cancelled()
@@ -164,7 +171,8 @@ class TritonPythonModel(DecoupledModel):
                 self._count(cancelled=1)
                 tensors = [text("text_output", ""), number("num_output_tokens", 0)]
                 tensors += _ending("cancelled", entry.prompt_tokens, entry.sent_tokens)
-                entry.sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
+                with entry.sending:
+                    entry.sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL)
 
     def _publish(self) -> bool:
         """Set gauges and counters; True while sequences are running or waiting, or tokens were counted."""
@@ -178,7 +186,8 @@ class TritonPythonModel(DecoupledModel):
     def _fail_all(self, reason: str) -> None:
         for request_id in list(self._open):
             if entry := self._close(request_id):
-                refuse(entry.sender, reason, pb_utils.TritonError.UNAVAILABLE)
+                with entry.sending:
+                    refuse(entry.sender, reason, pb_utils.TritonError.UNAVAILABLE)
 
 
 def _device(wanted: str, args: dict, ranks: int) -> str:

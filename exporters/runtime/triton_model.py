@@ -30,7 +30,8 @@ class DecoupledModel:
 
     def _start(self, args: dict, *loops: Callable[[], None]) -> None:
         """Last in `initialize`: make the metrics, run `loops` and `_watch` in threads of their own."""
-        self._lock = threading.Lock()  # guards what is open, _tally and _stopping
+        self._lock = threading.Lock()  # guards what is open and _stopping
+        self._counting = threading.Lock()  # guards _tally: sending must not wait for who asks about cancellation
         self._stopping = False
         self._busy, self._ended = threading.Event(), threading.Event()
         self._tally = {name: 0.0 for name, kind, *_ in self.METRICS if kind == "COUNTER"}
@@ -70,13 +71,13 @@ class DecoupledModel:
                 self._busy.set()
 
     def _count(self, **amounts: float) -> None:
-        with self._lock:
+        with self._counting:
             for name, amount in amounts.items():
                 self._tally[name] += amount
 
     def _publish_tally(self) -> bool:
         """Hand the counters to Triton; true if anything was counted."""
-        with self._lock:
+        with self._counting:
             tally, self._tally = self._tally, dict.fromkeys(self._tally, 0.0)
         for name, amount in tally.items():
             if amount:

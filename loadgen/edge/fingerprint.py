@@ -34,7 +34,7 @@ def fingerprint(run: Run) -> dict[str, str]:
         "duration": f"{scenario.minimums.duration_ns / 1e9:g} s, {scenario.minimums.queries} queries",
         "in flight": scenario.concurrency if scenario.kind is Kind.CONCURRENCY else scenario.max_in_flight,
         "sample order": scenario.sample_order, "preset": scenario.preset, "salt": salt,
-        "servers": len(document.get("servers") or [0]),
+        "servers": "shares " + ", ".join(str(s["share"]) for s in document.get("servers") or [{"share": 1}]),
         "server": f"{server.get('name')} {server.get('version')}", "driver": gpus[0].get("driver"),
         "power limit": gpus[0].get("power_limit_w"),
         "clocks": f"{gpus[0].get('max_sm_mhz')} / {gpus[0].get('max_memory_mhz')} MHz" if gpus[0] else None,

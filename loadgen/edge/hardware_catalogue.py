@@ -126,7 +126,7 @@ def of_run(document: Mapping[str, Any]) -> Hardware:
     """
     hardware = document.get("hardware") or {}
     label, gpus = str(hardware.get("label") or "unknown"), hardware.get("gpus") or []
-    used = max(1, int((document.get("exported") or {}).get("tp") or 1))
+    used = max(1, int((document.get("exported") or {}).get("tp") or 1)) * len(document.get("servers") or [0])
     measured = hardware.get("measured") or {}
     if gpus:
         found = [recognise(g.get("name", ""), g.get("memory_mib")) for g in gpus]

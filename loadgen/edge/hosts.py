@@ -26,12 +26,8 @@ from typing import Any
 from loadgen.edge.errors import UserError
 from loadgen.edge.hardware_catalogue import of_label
 
-HTTP_PORT, TRITON_PORT, TRITON_PORT_STEP, DCGM_PORT = (
-    8000,
-    8002,
-    10,
-    9400,
-)  # as docker-compose.yml and deploy/per-gpu.yml publish them
+# as docker-compose.yml and deploy/per-gpu.yml publish them
+HTTP_PORT, TRITON_PORT, TRITON_PORT_STEP, DCGM_PORT = 8000, 8002, 10, 9400
 MAX_PAGE = 4 << 20  # bytes of DCGM's answer
 _KEYS = {"name": str, "address": str, "gpu": str, "price_per_gpu_hour": (int, float), "tritons": int}
 _GPU_LINE = re.compile(r'^DCGM_FI_\w+\{([^}]*)\}', re.M)  # fmt: skip

@@ -81,6 +81,6 @@ OPTIONS: tuple[Option, ...] = (
            default="auto"),
     Option("--telemetry-hz", "samples per second of NVML and host", float, default=5.0),
     Option("--telemetry-gpus", "GPUs whose energy counts, such as 0,1 (default: those that worked during the run)"),
-    Option("--server-metrics", "Triton's metrics page: auto (port 8002, or HTTP port + 2), a URL or off",
+    Option("--server-metrics", "Triton's metrics page: auto (port 8002, or HTTP port + 2), a URL (one a server) or off",
            default="auto"),
 )  # fmt: skip

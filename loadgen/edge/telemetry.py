@@ -70,7 +70,9 @@ class Telemetry:
         if self.settings.source == "off" and self.settings.server == "off":
             return
         self.path = folder / STREAM
-        pages = [server_stats.metrics_url(host, self.settings.server) for host in self.hosts]
+        asked = self.settings.server.split(",")  # one page for each server, or one word for all
+        asked = asked if len(asked) == len(self.hosts) else asked[:1] * len(self.hosts)
+        pages = [server_stats.metrics_url(host, page) for host, page in zip(self.hosts, asked, strict=True)]
         self.pages = list(dict.fromkeys(page for page in pages if page))
         command = [sys.executable, "-m", "loadgen.edge.telemetry_sampler", "--out", str(self.path),
                    "--hz", str(self.settings.hz), "--model", self.model]  # fmt: skip

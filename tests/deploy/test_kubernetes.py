@@ -62,6 +62,7 @@ def test_pods_are_hardened(documents):
     for pod in pods(documents).values():
         assert pod["securityContext"]["runAsNonRoot"] and pod["automountServiceAccountToken"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+        assert pod["enableServiceLinks"] is False  # LOCUST_MASTER_… of a service's address is no setting of Locust
         assert not any("hostPath" in volume for volume in pod["volumes"])
     for name, container in containers(documents):
         context = container["securityContext"]
@@ -117,6 +118,12 @@ def test_it_runs_what_compose_runs(documents):
         assert of[name]["image"] == re.search(r":-([^}]+)}", COMPOSE[name]["image"])[1]
     for image, tag in ((i["name"], i["newTag"]) for i in KUSTOMIZATION["images"]):
         assert tag in (FOLDER.parents[1] / "docker-compose.yml").read_text(), image
+
+
+def test_a_busy_triton_is_not_killed(documents):
+    triton = dict(containers(documents))["triton"]
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert triton[probe]["timeoutSeconds"] >= 10 and triton[probe].get("failureThreshold", 3) >= 3
 
 
 def test_settings_are_those_of_compose():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import psutil
 import pytest
@@ -27,10 +27,26 @@ KINDS = ("AWSKeyDetector", "AzureStorageKeyDetector", "BasicAuthDetector", "GitH
 
 
 def published():
-    """Every file that git knows or would add, but for sealed measurements."""
+    """Every file that git knows or would add; of sealed measurements all but the rows."""
     found = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     names = found.stdout.splitlines() or [str(p.relative_to(ROOT)) for p in ROOT.rglob("*") if p.is_file()]
-    return [ROOT / name for name in names if not name.startswith(("results/", ".venv/", "build/"))]
+    return [ROOT / n for n in names if not n.startswith((".venv/", "build/")) and not n.endswith(".parquet")]
+
+
+IGNORED = (ROOT / ".dockerignore").read_text().split("\n")
+
+
+def left_out(path):
+    """Whether .dockerignore leaves a file of the folders that it lets in out again, by one of its last lines."""
+    patterns = [rule[3:] for rule in IGNORED if rule.startswith("**/")]
+    return any(PurePath(part).match(pattern) for part in path.relative_to(ROOT).parts for pattern in patterns)
+
+
+def build_context():
+    """Files that `docker build` sends along, those that git ignores included."""
+    roots = [ROOT / rule[1:] for rule in IGNORED if rule.startswith("!")]
+    files = (f for root in roots for f in ([root] if root.is_file() else root.rglob("*")) if f.is_file())
+    return [f for f in files if not left_out(f)]
 
 
 def secrets(path):
@@ -46,6 +62,17 @@ def test_no_file_of_the_project_has_a_secret():
     assert [line for line in found if own not in line] == []
     of_hub = re.compile(rb"\bhf_[A-Za-z]{30,}")  # the one kind that the scanner does not know
     assert [path.name for path in published() if path.is_file() and of_hub.search(path.read_bytes())] == []
+
+
+def test_build_contexts_have_no_more_than_the_repository():
+    known = set(published())
+    assert [str(path) for path in build_context() if path not in known] == []
+    assert {"load.sh", "pyproject.toml"} <= {path.name for path in build_context()}
+
+
+@pytest.mark.parametrize("name", ["docker/.env", "docker/.env.local", "loadgen/site.pem", "exporters/data/token.key"])
+def test_private_files_stay_out_of_build_contexts(name):
+    assert left_out(ROOT / name) and not left_out(ROOT / "docker/load.sh")
 
 
 def test_the_scanner_sees_one(tmp_path):

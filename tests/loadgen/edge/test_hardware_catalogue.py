@@ -57,6 +57,11 @@ def test_gpus_of_several_kinds_are_unknown():
     two = {"hardware": {"label": "x", "gpus": gpus[:1] * 2}, "exported": {"tp": "2"}}
     assert of_run(two).name == "2x H200 SXM"
     assert of_run(two).machine("bf16", 2).bandwidth_bytes_s == pytest.approx(9600e9)
+    servers = {"hardware": {"label": "2x-NVIDIA H200"}, "servers": [{"url": "a", "share": 1}, {"url": "b", "share": 1}]}
+    assert of_run(servers).count == 2, "each server has GPUs of its own"
+    assert of_run(servers | {"hardware": {"label": "x", "gpus": two["hardware"]["gpus"][:1]}}).count == 1, (
+        "or shares one"
+    )
 
 
 def test_prices_are_the_users_and_checked(tmp_path):
