@@ -61,7 +61,8 @@ fi
 if [ -z "${BASE_IMAGE:-}" ]; then
     say "base image by debootstrap"
     debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,libpython3.11,ca-certificates \
-        bookworm "$work/base" http://deb.debian.org/debian >"$work/debootstrap.log"
+        bookworm "$work/base" http://deb.debian.org/debian >"$work/debootstrap.log" \
+        || { tail -3 "$work/debootstrap.log"; skip "debootstrap made no base image"; }
     for file in "${SITE_CA:-}" "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt; do
         [ -f "$file" ] && cp "$file" "$work/base/etc/ssl/certs/ca-certificates.crt" && break
     done
