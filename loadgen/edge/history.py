@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -201,7 +202,8 @@ def of_published(rows: Sequence[Published]) -> list[Shown]:
 
 def _named(accelerator: str) -> Gpu | None:
     """The catalogue's GPU behind MLCommons' name of it: "NVIDIA H200-SXM-141GB" is the H200 SXM."""
-    plain = store.slug(accelerator).removeprefix("nvidia-") + "-"
+    plain = store.slug(accelerator).removeprefix("nvidia-").replace("grace-hopper-superchip-", "") + "-"
+    plain = re.sub(r"(?<=\d)gb-", "-", plain)  # "gh200-144gb-" → "gh200-144-", the catalogue's key
     found = [(len(name), gpu) for gpu in catalogue().values() for name in (gpu.key, store.slug(gpu.name))
              if plain.startswith(f"{name}-")]  # fmt: skip
     return max(found, key=lambda f: f[0])[1] if found else of_label(accelerator)

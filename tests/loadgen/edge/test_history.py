@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from loadgen.core.metrics import METRICS
 from loadgen.edge import history_names as names
 from loadgen.edge import store
-from loadgen.edge.history import History
+from loadgen.edge.history import History, of_published
 from loadgen.edge.history_cli import history
 from loadgen.edge.import_mlperf import medians, read
 
@@ -163,6 +163,19 @@ def test_published_results_stand_beside_and_are_marked(served, tmp_path):
     assert of(found, family, source="measured") == [pytest.approx(run.summary["tokens_per_s"])]
     assert of(found, names.INFO.name, source="published", gpu="H200 SXM", generation="Hopper", **told) == [1.0]
     assert len(of(found, names.INFO.name)) == 2
+
+
+def test_published_accelerators_are_the_catalogues_gpus(tmp_path):
+    known = {"NVIDIA H100-PCIe-80GB": "H100 PCIe", "NVIDIA H100-SXM-80GB": "H100 SXM", "NVIDIA L40S": "L40S",
+             "NVIDIA B200-SXM-180GB": "B200 (HGX)", "NVIDIA GB200": "GB200 (per GPU)",
+             "NVIDIA GH200 Grace Hopper Superchip 96GB": "GH200 96 GB",
+             "NVIDIA GH200 Grace Hopper Superchip 144GB": "GH200 144 GB"}  # fmt: skip
+    others = ("Virtualized NVIDIA H200-SXM-141GB", "NVIDIA H200-NVL-141GB", "NVIDIA GB300", "TPU v6")
+    file = tmp_path / "summary_results.json"
+    file.write_text(json.dumps([ROW | {"Accelerator": name} for name in (*known, *others)]))
+    at = names.LABELS.index("hardware")
+    shown = {run.labels[at]: run.samples[0][1][0] for run in of_published(read(file))}
+    assert shown == known | {name: name for name in others}
 
 
 @pytest.mark.skipif(not PUBLISHED, reason="no published MLPerf files; set TRITONMARK_MLPERF_DATA")
