@@ -6,9 +6,10 @@
 The plan names models, backends and scenarios; a model lies in a repository of its backend's name, since its own name
 is the same for all backends. Each run is sealed under --results. Prompts of language models are synthetic, of exact
 length, and the same for every backend. RESULTS/measured.json tells how long each model took to load and what memory it
-held; with --smi, nvidia-smi is sampled beside the runs into RESULTS/nvidia-smi.csv for telemetry_check.py. A model that
-does not load is noted, and the next one follows. TRITONMARK_LOAD_PYTHON names another interpreter for the load, where
-the server's has no Locust.
+held; with --smi, nvidia-smi is sampled beside the runs into RESULTS/nvidia-smi.csv for telemetry_check.py, and with
+--probe the GPU is measured first (`tritonmark probe-gpu`) and the figures sealed with every run. A model that does not
+load is noted, and the next one follows. TRITONMARK_LOAD_PYTHON names another interpreter for the load, where the
+server's has no Locust.
 """
 
 from __future__ import annotations
@@ -44,21 +45,32 @@ class Campaign:
         self.plan = tomllib.loads(options.plan.read_text(encoding="utf-8"))
         self.results = Path(options.results)
         self.results.mkdir(parents=True, exist_ok=True)
-        self.noted: list[dict[str, Any]] = []
+        self.facts = self.results / "measured.json"
+        self.noted: list[dict[str, Any]] = json.loads(self.facts.read_text()) if self.facts.is_file() else []
 
     @property
     def late(self) -> bool:
         return time.monotonic() - self.started > self.options.until_s
 
+    @property
+    def tritonmark(self) -> list[str]:
+        return [os.environ.get("TRITONMARK_LOAD_PYTHON", sys.executable), str(ROOT / "tritonmark.py")]
+
+    @property
+    def probe(self) -> Path:
+        return self.results / "gpu-probe.json"
+
     def note(self, **facts: Any) -> None:
         """Written at once: what is measured survives a machine that is taken away."""
         self.noted.append(facts | {"at_s": round(time.monotonic() - self.started, 1)})
-        (self.results / "measured.json").write_text(json.dumps(self.noted, indent=1) + "\n", encoding="utf-8")
+        self.facts.write_text(json.dumps(self.noted, indent=1) + "\n", encoding="utf-8")
         print(self.noted[-1], flush=True)
 
     def run(self) -> int:
         """0 when every planned run was VALID, else 3."""
         codes = []
+        if self.options.probe:
+            subprocess.run([*self.tritonmark, "probe-gpu", "--out", str(self.probe)], check=True)
         for model in self.plan["model"]:
             title = f"{model['name']}/{model['backend']}"
             if not self.late and (not self.options.only or title in self.options.only.split(",")):
@@ -83,10 +95,11 @@ class Campaign:
 
     def _load(self, server: TritonServer, model: dict[str, Any], words: list[str]) -> int:
         """One run; its own output shows."""
-        interpreter = os.environ.get("TRITONMARK_LOAD_PYTHON", sys.executable)
-        command = [interpreter, str(ROOT / "tritonmark.py"), "run", *words, "--host", server.http_url,
-                   "--model", model["name"], "--results", str(self.results), "--server-metrics", server.metrics_url,
+        command = [*self.tritonmark, "run", *words, "--host", server.http_url, "--model", model["name"],
+                   "--results", str(self.results), "--server-metrics", server.metrics_url,
                    *model["options"].split()]  # fmt: skip
+        if self.probe.is_file():
+            command += ["--gpu-probe", str(self.probe)]
         if model["prompts"] == "synthetic":
             folder = self.options.repository / model["backend"] / model["name"]
             command += ["--prompts", "synthetic", "--tokenizer", str(folder / "1" / "weights" / "tokenizer.json")]
@@ -108,7 +121,7 @@ def sampled(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with path.open("w") as out:
+    with path.open("a") as out:
         smi = subprocess.Popen(SMI, stdout=out)
         try:
             yield
@@ -124,6 +137,7 @@ def main() -> int:
     parser.add_argument("--results", default="results")
     parser.add_argument("--only", default="", help="of the plan, such as phi-2/torch-eager,phi-2/torch-compile")
     parser.add_argument("--until-s", type=float, default=1e9, help="begin no run later than that after the start")
+    parser.add_argument("--probe", action="store_true", help="measure the GPU's bandwidth and products first")
     parser.add_argument("--smi", action="store_true", help="sample nvidia-smi beside the runs")
     options = parser.parse_args()
     campaign = Campaign(options)
