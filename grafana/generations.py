@@ -23,7 +23,8 @@ from grafana.spec import Board, Panel, Query, Row, Variable
 from loadgen.edge import history_names as names
 
 NAME = "{{hardware}}: {{backend}} {{precision}}, {{model}} {{scenario}}"
-ONE = "Of several runs of one kind the best is shown; INVALID runs are left out."
+ONE = ("Of several runs of one kind the best is shown; INVALID runs are left out. Whether their prompts and answers "
+       "were equally long is not asked here: `tritonmark compare` asks, and gives intervals.")  # fmt: skip
 CELLS = ("Rows are GPUs, columns compilers: backend and precision. Choose one model and one scenario, otherwise a cell "
          "is the best of all that are chosen.")  # fmt: skip
 TIMES = "suffix:×"
@@ -77,7 +78,7 @@ RATIO = Row("How much is hardware, how much compiler", (
          "scenario and compiler give on the baseline GPU: what the hardware brings.", TIMES,
          against_gpu(per_gpu, "tokens_per_s"), legend=BY_GPU),
     bars("p99 TPOT against the baseline GPU", "How many times as short a token takes as on the baseline GPU with the "
-         "same compiler.", TIMES, against_gpu(figure, "tpot_ns"), legend=BY_GPU),
+         "same compiler at the same load.", TIMES, against_gpu(figure, "tpot_ns"), legend=f"{BY_GPU} ({{{{load}}}})"),
     matrix("tokens/s per GPU against one cell", "Every cell against the baseline GPU with the baseline backend. Down a "
            "column only the hardware changes, along a row only the compiler.", TIMES, against_cell("tokens_per_s")),
     matrix("Requests/s per GPU against one cell", "The same for requests per second, which every family of models has.",

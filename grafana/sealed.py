@@ -52,10 +52,11 @@ def best(values: str, better: str = "higher", by: str = KIND) -> str:
 def against_gpu(of: Callable[..., str], name: str) -> str:
     """How many times as good each kind of run is as the same work on the GPU $baseline. `of`: figure or per_gpu."""
     better = metric(name).better
-    here, there = best(of(name), better, f"gpu, {WORK}"), best(of(name, gpu=BASELINE), better, WORK)
+    work = f"{WORK}, load" if better == "lower" else WORK  # a latency means something at one load only
+    here, there = best(of(name), better, f"gpu, {work}"), best(of(name, gpu=BASELINE), better, work)
     if better == "lower":
-        return f"{there} / on ({WORK}) group_right () {here}"
-    return f"{here} / on ({WORK}) group_left () {there}"
+        return f"{there} / on ({work}) group_right () {here}"
+    return f"{here} / on ({work}) group_left () {there}"
 
 
 def against_cell(name: str) -> str:

@@ -107,8 +107,7 @@ class TritonPythonModel(DecoupledModel):
             self._open[request_id] = OpenRequest(sender, self.tokenizer, len(ids), prompt.return_token_ids)
         self._count(tokens_in=len(ids))
         self._busy.set()
-        if not self.engine.submit(request_id, ids, prompt):
-            self._close(request_id)
+        if not self.engine.submit(request_id, ids, prompt) and self._close(request_id):  # else it had its final one
             refuse(sender, "the batch loop takes no more requests", pb_utils.TritonError.UNAVAILABLE)
         return None
 

@@ -13,7 +13,8 @@ from loadgen.edge import compare_report, compare_report_html, compare_text, hard
 from loadgen.edge.compare import load_runs, tables
 from loadgen.edge.errors import UserError
 from loadgen.edge.import_mlperf import medians, read
-from loadgen.edge.report_cli import find, write
+from loadgen.edge.report_cli import find
+from loadgen.edge.text_file import write
 
 
 @click.command()

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -20,6 +19,7 @@ from loadgen.edge.errors import UserError
 from loadgen.edge.history import History, Shown, metrics, of_published
 from loadgen.edge.import_mlperf import read
 from loadgen.edge.live_server import bound
+from loadgen.edge.text_file import write
 
 PORT = 9465
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -75,14 +75,7 @@ def export(runs: list[Shown], out: Path) -> None:
     if str(out) == "-":
         click.echo(text, nl=False)
     else:
-        part = out.with_name(f"{out.name}.part")  # a full disk leaves no half file, and what was there before
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(out)
-        except OSError as error:
-            with suppress(OSError):
-                part.unlink()
-            raise UserError(f"cannot write {out}: {error.strerror}; give --openmetrics another file") from None
+        write(out, text, "give --openmetrics another file")
         click.echo(f"{len(runs)} runs in {out}")
 
 
@@ -95,6 +88,9 @@ def serve(task: History, bind: str, port: int) -> None:
 
     def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
+        if path == "/healthy":  # a container's health is asked often; a scan and a page of all runs are no answer to it
+            start("200 OK", [("Content-Type", "text/plain")])
+            return [b"ok\n"]
         with lock:  # scrapes are few, and a scan is for all
             tell(task)
             if path == "/metrics":

@@ -19,12 +19,14 @@ import re
 import tomllib
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loadgen.edge.errors import UserError
 from loadgen.edge.hardware_catalogue import of_label
+from loadgen.edge.text_file import write
 
 # as docker-compose.yml and deploy/per-gpu.yml publish them
 HTTP_PORT, TRITON_PORT, TRITON_PORT_STEP, DCGM_PORT = 8000, 8002, 10, 9400
@@ -154,14 +156,9 @@ def targets(inventory: Inventory, labels: Sequence[str]) -> list[dict[str, Any]]
 
 def write_targets(groups: list[dict[str, Any]], path: Path) -> None:
     """Writes the groups in one step, so that Prometheus never reads half a file. Raises UserError."""
-    scratch = path.with_suffix(".tmp")
-    try:
+    with suppress(OSError):  # what is wrong with the folder is wrong with the file
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
-        scratch.rename(path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    write(path, json.dumps(groups, indent=1) + "\n")
 
 
 def prices(inventory: Inventory, labels: Sequence[str]) -> str:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from loadgen.edge.errors import UserError
 from loadgen.edge.import_mlperf import medians, plain, read
-from loadgen.edge.report_cli import write
 from loadgen.edge.report_data import number
+from loadgen.edge.text_file import write
 
 
 @click.group(name="import")

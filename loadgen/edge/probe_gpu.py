@@ -19,7 +19,7 @@ import click
 
 from loadgen.edge.errors import UserError
 from loadgen.edge.hardware import cpu_model
-from loadgen.edge.report_cli import write
+from loadgen.edge.text_file import write
 
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}  # far larger than any cache
 SIDE = {"cuda": 8192, "cpu": 1024}

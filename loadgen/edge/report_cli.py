@@ -14,6 +14,7 @@ from loadgen.edge import report as reports
 from loadgen.edge import report_html
 from loadgen.edge.errors import UserError
 from loadgen.edge.store import load
+from loadgen.edge.text_file import write
 
 
 @click.command()
@@ -60,10 +61,3 @@ def find(paths: tuple[Path, ...]) -> list[Path]:
 
 def is_run(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / "start.json").is_file()
-
-
-def write(path: Path, body: str) -> None:
-    try:
-        path.write_text(body, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error

@@ -65,6 +65,11 @@ class Telemetry:
         self.newest: dict[str, dict[str, Any]] = {}
         self.pages: list[str] = []
 
+    @property
+    def page(self) -> str | None:
+        """The page that is followed during the run: the first server's."""
+        return self.pages[0] if self.pages else None
+
     def start(self, folder: Path) -> None:
         """Begins to sample into the run's folder. The server is asked for its metrics page here, before any load."""
         if self.settings.source == "off" and self.settings.server == "off":
@@ -77,11 +82,10 @@ class Telemetry:
         command = [sys.executable, "-m", "loadgen.edge.telemetry_sampler", "--out", str(self.path),
                    "--hz", str(self.settings.hz), "--model", self.model]  # fmt: skip
         source = self._sources(command)
-        if self.pages:
-            command += ["--server", self.pages[0]]
+        if self.page:
+            command += ["--server", self.page]
         gpus = self.settings.gpus.replace(" ", "").split(",") if self.settings.gpus else None
-        page = self.pages[0] if self.pages else None
-        self._tell({"settings": {"source": source, "hz": self.settings.hz, "gpus": gpus, "page": page}})
+        self._tell({"settings": {"source": source, "hz": self.settings.hz, "gpus": gpus, "page": self.page}})
         try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -145,10 +149,9 @@ class Telemetry:
                 command += ["--nvml", "pynvml"]
             else:
                 self._tell({"missing": "nvidia-ml-py is not installed: pip install 'tritonmark[gpu]'"})
-        page = self.pages[0] if self.pages else None
-        if page and source == "auto":
-            command += ["--gpus-from", page]
-        return "nvml" if "--nvml" in command else page
+        if self.page and source == "auto":
+            command += ["--gpus-from", self.page]
+        return "nvml" if "--nvml" in command else self.page
 
     def _tell(self, line: dict[str, Any]) -> None:
         with contextlib.suppress(OSError), self.path.open("a") as file:

@@ -102,6 +102,7 @@ def test_runs_come_and_go_and_what_is_broken_is_counted_and_named(served, tmp_pa
     run = fabricate(tmp_path)
     assert len(of(samples(page()), names.INFO.name)) == 1
     assert "<!doctype html>" in page("/report/run")
+    assert page("/healthy") == "ok\n"
     for path in ("/report/other", "/report/../run", "/"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             page(path)
