@@ -85,7 +85,7 @@ class Campaign:
                 self.note(**titles, load_s=round(time.monotonic() - started, 1), memory_mib=memory())
                 codes = [
                     self._load(server, model, words.split())
-                    for _ in range(model["repeats"]) for words in model["runs"] if not self.late
+                    for _ in range(self.options.repeats or model["repeats"]) for words in model["runs"] if not self.late
                 ]  # fmt: skip
                 self.note(**titles, memory_mib=memory(), codes=codes)
         except UserError as error:
@@ -136,6 +136,7 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--results", default="results")
     parser.add_argument("--only", default="", help="of the plan, such as phi-2/torch-eager,phi-2/torch-compile")
+    parser.add_argument("--repeats", type=int, help="instead of the plan's")
     parser.add_argument("--until-s", type=float, default=1e9, help="begin no run later than that after the start")
     parser.add_argument("--probe", action="store_true", help="measure the GPU's bandwidth and products first")
     parser.add_argument("--smi", action="store_true", help="sample nvidia-smi beside the runs")

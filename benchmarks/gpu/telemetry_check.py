@@ -40,6 +40,8 @@ def check(folder: Path, samples: dict[int, np.ndarray]) -> dict | None:
     """What one run's telemetry and nvidia-smi say; None where they do not overlap."""
     document = json.loads((folder / "run.json").read_text())
     t0, end = document["t0_wall_ns"], round(document["summary"]["duration_s"] * 1e9)
+    if not end:
+        return None
     table = pq.read_table(folder / "telemetry.parquet").to_pydict()
     out: dict = {"run": document["run_id"], "ours_w": document["summary"].get("mean_power_watts"), "smi_w": 0.0}
     counters = [device["counter_joules"] for device in document["telemetry"]["devices"]]

@@ -30,8 +30,11 @@ def compile_layers(model: torch.nn.Module, cuda: bool) -> list[Callable]:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 64
-    settings = {"options": CUDA_OPTIONS} if cuda else {"dynamic": True}
     layers = model.model.layers
+    # Products of 8 bit weights are library calls, so there is no product to tune, and tuning all else takes minutes.
+    tuned = all(weight.dtype.itemsize > 1 for weight in layers.parameters())
+    options = CUDA_OPTIONS if tuned else {**CUDA_OPTIONS, "coordinate_descent_tuning": False}
+    settings = {"options": options} if cuda else {"dynamic": True}
     if not cuda:
         return [torch.compile(layer.forward, **settings) for layer in layers]
     for layer in layers:

@@ -74,6 +74,7 @@ def test_a_run_on_gpus_has_their_energy_and_shows_them_live(fake_triton, tmp_pat
     page = report_html.html([run])
     assert 'id="power0"' in page and "SM clock, MHz" in page
     assert not targets(tmp_path) and not list(folder.glob("telemetry.jsonl"))
+    store.verify_all(run)  # what sealing removes is not counted
 
 
 def test_a_gpu_that_is_lost_is_a_caution(fake_triton, tmp_path):
