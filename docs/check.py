@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 COMMAND = re.compile(r"\btritonmark +(.+)")
+RUN_ID = re.compile(r"\b\d{8}T\d{6}Z-[0-9a-f]{8}\b")
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -55,7 +57,16 @@ def history_table() -> str:
     return "\n".join(["| name | more labels | meaning |", "|---|---|---|", *rows])
 
 
+def generations() -> str:
+    """`tritonmark compare` of the runs that docs/generations.md names: `results` may hold others by now."""
+    named = set(RUN_ID.findall((ROOT / "docs" / "generations.md").read_text(encoding="utf-8")))
+    folders = sorted(str(p.parent) for p in (ROOT / "results").rglob("run.json") if p.parent.name in named)
+    done = CliRunner().invoke(tritonmark.cli, ["compare", *folders, "--format", "markdown"])
+    return done.output.strip()
+
+
 TABLES = {
+    "generations": generations,
     "live": live_table,
     "history": history_table,
     "gpus": hardware_catalogue.markdown,

@@ -15,7 +15,10 @@ from loadgen.edge.compare_grid import GridView, as_json, grids, headline, interv
 from loadgen.edge.errors import UserError
 from loadgen.edge.fingerprint import cell_of, fingerprint, hardware, load_of, model_of, rank
 from loadgen.edge.report_data import limits, number
+from loadgen.edge.report_telemetry import at_power_limit
 from loadgen.edge.store import Run
+
+LIMITED = 0.1  # share of samples at the power limit that is worth a word
 
 
 @dataclass
@@ -65,7 +68,7 @@ def _notes(found: Sequence[Table], done: Sequence[tuple[Table, Cell, list[Line]]
     for table in found:
         differing = {n: v for n, v in table.notes.items() if n in ("server", "driver")}
         out += [f"{table.title}: {name} differs ({' or '.join(v)})" for name, v in differing.items()]
-        out += _capped(table)
+        out += _capped(table) + _limited(table)
         if len(table.cells) == 1:
             out.append(f"{table.title}: only {table.cells[0].label}, nothing to compare it with")
     bases = {line.gain.basis for _, _, lines in done for line in lines if line.gain and line.figure.name != "energy"}
@@ -92,6 +95,16 @@ def _capped(table: Table) -> list[str]:
             seen.setdefault(m.facts["hardware"], set()).add(m.facts["power limit"])
     return [f"{table.title}: {gpu} ran with several power limits ({' or '.join(sorted(v))} W)"
             for gpu, v in seen.items() if len(v) > 1]  # fmt: skip
+
+
+def _limited(table: Table) -> list[str]:
+    """Cells whose GPU worked at its power limit: a higher limit would change the gain."""
+    out = []
+    for cell in table.cells:
+        share = max((at_power_limit(m.run) or 0.0 for m in cell.repeats), default=0.0)
+        if share >= LIMITED:
+            out.append(f"{table.title}: {cell.label} was held back by its power limit in up to {share:.0%} of samples")
+    return out
 
 
 def document(c: Comparison) -> dict[str, Any]:

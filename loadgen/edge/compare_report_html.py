@@ -30,8 +30,9 @@ def html(c: Comparison) -> str:
                               90 + 62 * len(view.grid.hardware)))  # fmt: skip
             figures[f"heat{i}"] = heat_map(view)
         if len(view.grid.hardware) > 1:
-            body.append(_plot(f"slope{i}", f"{view.title} by generation",
-                              "lines that run parallel: the compiler gain is the same on both", 320))  # fmt: skip
+            several = len(view.grid.backends) > 1
+            note = "lines that run parallel: the compiler gain is the same on both" if several else ""
+            body.append(_plot(f"slope{i}", f"{view.title} by generation", note, 320))
             figures[f"slope{i}"] = slopes(view)
     for i, model in enumerate(dict.fromkeys(model_of(r) for r in c.runs)):
         if found := curves(c, model):

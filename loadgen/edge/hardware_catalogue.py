@@ -82,16 +82,21 @@ class Hardware:
         return self.gpu.year if self.gpu else 0
 
     def machine(self, precision: str, gpus: int = 1) -> Machine | None:
-        """What a roofline needs: measured by the probe where it was run, else by data sheet. None where neither is."""
-        bandwidth = self.measured.get("copy_bytes_s")
-        if bandwidth:
-            peak = (self.measured.get("matmul_flops_s") or {}).get(COMPUTED_IN.get(precision, precision))
-            return Machine(self.name, bandwidth * gpus, peak * gpus if peak else None, "as measured by the probe", gpus)
-        if self.gpu is None:
+        """What a roofline needs: measured by the probe where it was run, else by data sheet. None where neither is. The
+        probe has no fp8 or fp4 product: such a peak is the data sheet's.
+        """
+        sheet = self.gpu.peak_flops(precision) if self.gpu else None
+        if bandwidth := self.measured.get("copy_bytes_s"):
+            measured = (self.measured.get("matmul_flops_s") or {}).get(COMPUTED_IN.get(precision, precision))
+            source = "as measured by the probe"
+            if not measured and sheet:
+                source = f"with the bandwidth by the probe and the {precision} peak by data sheet"
+            name, peak = self.name, measured or sheet
+        elif self.gpu:
+            name, bandwidth, peak, source = self.gpu.name, self.gpu.bandwidth_gbs * 1e9, sheet, "by data sheet"
+        else:
             return None
-        peak = self.gpu.peak_flops(precision)
-        return Machine(self.gpu.name, self.gpu.bandwidth_gbs * 1e9 * gpus, peak * gpus if peak else None,
-                       "by data sheet", gpus)  # fmt: skip
+        return Machine(name, bandwidth * gpus, peak * gpus if peak else None, source, gpus)
 
 
 @cache

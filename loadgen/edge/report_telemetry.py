@@ -57,6 +57,9 @@ def _power_rows(runs: Sequence[Run]) -> list[Row]:
     def row(label: str, help_: str, unit: str, texts: list[str]) -> Row:
         return Row(label, help_, unit, tuple((t,) for t in texts))
 
+    limited = [at_power_limit(r) for r in runs]
+    held = row("held back by its power limit", "share of samples; of several GPUs the most held back", "",
+               [MISSING if share is None else f"{share:.0%}" for share in limited])  # fmt: skip
     return [
         row("energy by counter", "the devices' own counters over the same time", " J",
             [number(t.get("counter_joules"), 4) for t in seen]),
@@ -64,7 +67,17 @@ def _power_rows(runs: Sequence[Run]) -> list[Row]:
             [f"{number(t.get('rate_hz'))} /s, {t['coverage']:.1%}" if t.get("rate_hz") else MISSING for t in seen]),
         row("energy may be quoted", "no gap, no throttling, samples and counter agree", "",
             [("yes" if t["power_valid"] else "NO") if "power_valid" in t else MISSING for t in seen]),
+        *([held] if any(limited) else []),
     ]  # fmt: skip
+
+
+def at_power_limit(run: Run) -> float | None:
+    """Share of samples in which the driver lowered clocks for the power limit, of the GPU with the most; None where
+    no GPU was sampled. That is how a GPU is meant to work, so it is no reason against its energy: but with a higher
+    limit it would be faster."""
+    devices = (run.document.get("telemetry") or {}).get("devices") or []
+    return max((d.get("throttled", {}).get("sw_power_cap", 0.0) for d in devices if d["device"].startswith("gpu")),
+               default=None)  # fmt: skip
 
 
 def lines(run: Run) -> list[str]:

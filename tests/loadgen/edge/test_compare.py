@@ -134,6 +134,14 @@ def test_what_may_matter_is_named(tmp_path):
     assert "H100 SXM ran with several power limits (350.00 or 700.00 W)" in notes and "driver differs" in notes
 
 
+def test_a_gpu_at_its_power_limit_is_named(tmp_path):
+    devices = [{"device": "gpu0", "throttled": {"sw_power_cap": share}} for share in (0.05, 0.6)]
+    runs = [one(tmp_path, "H100", b, document={"telemetry": {"devices": [d]}})
+            for b, d in zip(("torch-eager", "vllm"), devices, strict=True)]  # fmt: skip
+    held = [n for n in build(runs).notes if "power limit" in n]
+    assert len(held) == 1 and "H100 SXM · vllm bf16 was held back by its power limit in up to 60% of samples" in held[0]
+
+
 def test_other_models_and_loads_are_other_tables(tmp_path):
     runs = [one(tmp_path, "H100", b, name="concurrency", concurrency=c, count=64)
             for c in (8, 16, 1) for b in ("torch-eager", "vllm")]  # fmt: skip

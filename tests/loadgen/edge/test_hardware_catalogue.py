@@ -109,6 +109,8 @@ def test_a_measured_bandwidth_takes_the_place_of_the_data_sheet(tmp_path):
     document = hardware.describe("http://10.0.0.1:8000", "h100-sxm", str(probe))
     machine = of_run({"hardware": document}).machine("bf16")
     assert (machine.bandwidth_bytes_s, machine.flops_s, machine.source) == (3.0e12, 7e14, "as measured by the probe")
+    fp8 = of_run({"hardware": document}).machine("fp8")
+    assert (fp8.bandwidth_bytes_s, fp8.flops_s) == (3.0e12, 1979e12) and "fp8 peak by data sheet" in fp8.source
     probe.write_text('{"copy_bytes_s": 0}')
     with pytest.raises(UserError, match="is not what"):
         hardware.describe("http://10.0.0.1:8000", None, str(probe))
