@@ -166,11 +166,12 @@ SERVER_ROW = Row("Triton", (
 HEALTH = Row("Client health", (
     Panel("Dispatch lateness", "How late slots were dispatched, 99th percentile of each load worker. Over 5 ms, or 1 % "
           "of the tightest limit where that is more, the run is INVALID: the client was the bottleneck.", "s",
-          (Query(quantile(0.99, names.WORKER_LATENESS.name, by=", worker"), "worker {{worker}}"),),
-          steps=((0.005, BAD),)),
+          (Query(quantile(0.99, names.WORKER_LATENESS.name, by=", worker"), "worker {{worker}}"),
+           Query(series(names.HEALTH_LIMIT, ', of="dispatch_lateness"'), "limit"))),
     Panel("Event-loop lag", "How late the event loop wakes a greenlet, 99th percentile of each load worker. Arrivals "
-          "closer than this cannot be told apart.", "s",
-          (Query(quantile(0.99, names.WORKER_LAG.name, by=", worker"), "worker {{worker}}"),), steps=((0.005, BAD),)),
+          "closer than this cannot be told apart; over the limit the run is INVALID.", "s",
+          (Query(quantile(0.99, names.WORKER_LAG.name, by=", worker"), "worker {{worker}}"),
+           Query(series(names.HEALTH_LIMIT, ', of="loop_lag"'), "limit"))),
     Panel("Client CPU", "Share of one core that each load worker uses. Over 85 % a worker adds latency of its own: use "
           "more workers.", "percentunit", (Query(series(names.WORKER_CPU_RATIO), "worker {{worker}}"),), high=1,
           steps=((0.6, WARN), (0.85, BAD))),

@@ -23,7 +23,7 @@ from loadgen.core.scenario import Kind, Limits, Minimums, Scenario
 from loadgen.core.split import only_of
 
 LATENESS_FLOOR_NS = 5_000_000  # a gevent timer on a shared machine is good to a few ms
-LAG_FLOOR_NS = 10_000_000  # arrivals are stamped by the kernel, so lag only merges what comes within it
+LAG_FLOOR_NS = 10_000_000
 CLOCK_LIMIT_NS = 5_000_000  # of what is not known about another host's clock
 CPU_LIMIT = 0.85  # of one core; above it the Python client adds latency of its own
 WORKER_TARGET_CPU = 0.6  # what advice sizes workers for
@@ -270,6 +270,11 @@ def lateness_limit_ns(limits: Limits) -> int:
     return max(LATENESS_FLOOR_NS, min(bounds) // 100 if bounds else 0)
 
 
+def lag_limit_ns(limits: Limits) -> int:
+    """The same for the event loop: 10 ms at least, since the kernel stamps arrivals and lag only merges them."""
+    return max(LAG_FLOOR_NS, lateness_limit_ns(limits))
+
+
 def _client(audit: Audit, scenario: Scenario) -> list[Reason]:
     """Was the load generator itself the bottleneck?"""
     if not audit.workers:
@@ -282,7 +287,7 @@ def _client(audit: Audit, scenario: Scenario) -> list[Reason]:
     if scenario.kind is Kind.SERVER and late.lateness_p99_ns > limit:
         seen = f"p99 dispatch lateness {_ms(late.lateness_p99_ns)} on worker {late.worker}"
         reasons.append(Reason("client_late", seen, f"≤ {_ms(limit)}", use))
-    lag, limit = max(audit.workers, key=lambda w: w.loop_lag_p99_ns), max(limit, LAG_FLOOR_NS)
+    lag, limit = max(audit.workers, key=lambda w: w.loop_lag_p99_ns), lag_limit_ns(scenario.limits)
     if lag.loop_lag_p99_ns > limit:
         seen = f"p99 event-loop lag {_ms(lag.loop_lag_p99_ns)} on worker {lag.worker}: arrivals could not be told apart"
         reasons.append(Reason("client_lag", seen, f"≤ {_ms(limit)}", use))

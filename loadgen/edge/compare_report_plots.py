@@ -121,7 +121,7 @@ def rooflines(runs: Sequence[Run]) -> Figure | None:
         precision = str(run.document.get("precision", ""))
         for work in physics.works(run):
             where = hardware(run)
-            machine = where.machine(precision, where.count)
+            machine = where.machine(precision, where.group)
             if machine is None or precision not in BYTES:
                 continue
             key = f"{where.name} {precision}"

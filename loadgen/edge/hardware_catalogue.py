@@ -62,12 +62,19 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The GPUs that a run was served by: `gpu` None where they were not recognised."""
+    """The GPUs that a run was served by: `gpu` None where they were not recognised. Each `group` of them shares one
+    copy of the model (tensor parallel)."""
 
     label: str
     gpu: Gpu | None
     count: int
     measured: Mapping[str, Any] = field(default_factory=dict)
+    group: int = 1
+
+    @property
+    def copies(self) -> int:
+        """Of the model, beside each other."""
+        return max(1, self.count // self.group)
 
     @property
     def name(self) -> str:
@@ -127,17 +134,21 @@ def recognise(name: str, memory_mib: float | str | None = None) -> Gpu | None:
 def of_run(document: Mapping[str, Any]) -> Hardware:
     """The hardware of a sealed run: by its probed GPUs, else by its label (`4x-NVIDIA H200`, `h100-sxm`).
 
-    GPUs of several kinds, which no entry describes, are unknown.
+    GPUs of several kinds, which no entry describes, are unknown. GPUs count that worked while power was sampled (one
+    Triton may run a copy of the model on each of its host's), at least tensor parallel x servers.
     """
     hardware = document.get("hardware") or {}
     label, gpus = str(hardware.get("label") or "unknown"), hardware.get("gpus") or []
-    used = max(1, int((document.get("exported") or {}).get("tp") or 1)) * len(document.get("servers") or [0])
+    group = max(1, int((document.get("exported") or {}).get("tp") or 1))
+    telemetry = document.get("telemetry") or {}
+    worked = len(telemetry.get("devices") or []) if telemetry.get("energy_of") == "gpu" else 0
+    used = max(worked, group * len(document.get("servers") or [0]))
     measured = hardware.get("measured") or {}
     if gpus:
         found = [recognise(g.get("name", ""), g.get("memory_mib")) for g in gpus]
         known = found[0] if all(g == found[0] for g in found) else None
-        return Hardware(label, known, min(used, len(gpus)), measured)
-    return Hardware(label, of_label(label), used, measured)
+        return Hardware(label, known, min(used, len(gpus)), measured, group)
+    return Hardware(label, of_label(label), used, measured, group)
 
 
 def of_label(label: str) -> Gpu | None:

@@ -9,8 +9,8 @@ import numpy as np
 from loadgen.core.metrics import Context, within_limits
 from loadgen.core.percentiles import percentile_name
 from loadgen.core.record import OUTCOMES, Int64, Outcome, Rows
-from loadgen.core.scenario import Limits, Scenario
-from loadgen.core.verdict import limited
+from loadgen.core.scenario import Kind, Limits, Scenario
+from loadgen.core.verdict import lag_limit_ns, lateness_limit_ns, limited
 from loadgen.edge import live_names as names
 
 POOLED = ("itl_ns", "step_ns")  # over responses: a failed request has no share in them, as in the sealed summary
@@ -69,6 +69,11 @@ class RunFigures:
         # LoadGen's percentile is sorted[floor(n p)]: it is over the limit when at most floor(n p) values are within.
         return all(seen - over > int(seen * self.scenario.percentile) for over in self.over.values() if seen)
 
+    def _health_limits(self) -> list[list[Any]]:
+        limits = self.scenario.limits
+        late = [[["dispatch_lateness"], lateness_limit_ns(limits) / 1e9]] if self.scenario.kind is Kind.SERVER else []
+        return [*late, [["loop_lag"], lag_limit_ns(limits) / 1e9]]
+
     def families(self, labels: tuple[str, ...]) -> list[dict[str, Any]]:
         """All families with their samples; `labels` are the values of RUN_LABELS."""
         outcomes = [[[o.value], int(n)] for o, n in zip(OUTCOMES, self.outcomes, strict=True)]
@@ -80,4 +85,5 @@ class RunFigures:
             names.REQUESTS.with_samples(outcomes, labels),
             names.OVER_LIMIT.with_samples([[[label], self.over[name]] for label, name, _ in short], labels),
             names.LIMIT.with_samples([[[label, at], ns / 1e9] for label, _, ns in short], labels),
+            names.HEALTH_LIMIT.with_samples(self._health_limits(), labels),
         ]

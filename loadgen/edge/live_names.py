@@ -65,6 +65,8 @@ def _run(name: str, kind: str, help_: str, *labels: str) -> Family:
 REQUESTS = _run("requests_total", "counter", f"measured requests that ended: {', '.join(Outcome)}", "outcome")
 OVER_LIMIT = _run("over_limit_total", "counter", "requests over that latency limit; failed ones are over", "metric")
 LIMIT = _run("limit_seconds", "gauge", "latency limit in force at the percentile", "metric", "percentile")
+HEALTH_LIMIT = _run("health_limit_seconds", "gauge", "p99 of a load worker's dispatch_lateness or loop_lag above which "
+                    "the run is INVALID", "of")  # fmt: skip
 VERDICT = _run("verdict_ok", "gauge", "1 while no failure and no latency makes the run INVALID; at the end the verdict")
 PHASE = _run("phase", "gauge", "1 for the phase the run is in: warmup, measure, drain, seal, sealed", "phase")
 IN_FLIGHT = _run("in_flight", "gauge", "requests between their dispatch and their end")
@@ -78,8 +80,8 @@ ELAPSED = _run("elapsed_seconds", "gauge", "time since T0")
 START = _run("start_time_seconds", "gauge", "Unix time of T0")
 END = _run("end_time_seconds", "gauge", "Unix time of sealing; absent before")
 INFO = _run("info", "gauge", "1; what the run is, and the folder of its report", "weights", "preset", "report")
-RUN = (REQUESTS, OVER_LIMIT, LIMIT, VERDICT, PHASE, IN_FLIGHT, TARGET, ACHIEVED, SCHEDULED, SENT, WORKERS, LOST,
-       ELAPSED, START, END, INFO)  # fmt: skip
+RUN = (REQUESTS, OVER_LIMIT, LIMIT, HEALTH_LIMIT, VERDICT, PHASE, IN_FLIGHT, TARGET, ACHIEVED, SCHEDULED, SENT, WORKERS,
+       LOST, ELAPSED, START, END, INFO)  # fmt: skip
 
 
 def _worker(name: str, kind: str, help_: str, buckets: tuple[float, ...] = ()) -> Family:

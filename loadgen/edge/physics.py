@@ -56,36 +56,42 @@ def works(run: Run) -> list[Work]:
     precision = str(document.get("precision", ""))
     facts = facts_of(str((document.get("exported") or {}).get("model") or document.get("model") or ""))
     hardware = of_run(document)
-    machine = hardware.machine(precision, hardware.count)
+    machine = hardware.machine(precision, hardware.group)  # of one copy of the model
     if facts is None or machine is None or precision not in BYTES or not run.summary.get("completed"):
         return []
-    of = _llm(run, facts, machine, precision) if isinstance(facts, LlmFacts) else _video(run, facts, machine, precision)
-    return [w for w in of if w is not None]
+    if isinstance(facts, LlmFacts):
+        found = _llm(run, facts, machine, precision, hardware.copies)
+    else:
+        found = _video(run, facts, machine, precision, hardware.copies)
+    return [w for w in found if w is not None]
 
 
-def _llm(run: Run, facts: LlmFacts, machine: Machine, precision: str) -> list[Work | None]:
+def _llm(run: Run, facts: LlmFacts, machine: Machine, precision: str, copies: int) -> list[Work | None]:
     summary, size = run.summary, BYTES[precision]
     done = summary["completed"]
     prompt, answer = summary["tokens_in"] / done, summary["tokens_out"] / done
-    return [_decode(run, facts, machine, size, prompt + answer / 2), _prefill(run, facts, machine, size, prompt)]
+    decode = _decode(run, facts, machine, size, prompt + answer / 2, copies)
+    return [decode, _prefill(run, facts, machine, size, prompt)]
 
 
-def _decode(run: Run, facts: LlmFacts, machine: Machine, size: float, context: float) -> Work | None:
+def _decode(run: Run, facts: LlmFacts, machine: Machine, size: float, context: float, copies: int) -> Work | None:
     summary = run.summary
     tpot, ttft, e2e = (summary.get(n, {}).get("mean") for n in ("tpot_ns", "ttft_ns", "e2e_ns"))
     if not tpot or ttft is None or e2e is None:
         return None
-    streams = max(1.0, (summary["qps"] or 0.0) * (e2e - ttft) / 1e9)
+    streams = (summary["qps"] or 0.0) * (e2e - ttft) / 1e9
     if run.scenario.kind in (Kind.SINGLE_STREAM, Kind.CONCURRENCY):
         streams = min(streams, float(run.scenario.concurrency))
+    working = min(float(copies), max(1.0, streams))  # fewer streams than copies leave some idle
+    streams = max(1.0, streams / copies)
     kv = 4.0 if size == 4.0 else 2.0  # KV caches are kept in 16 bit, of fp32 models in 32
     found = roofline.decode_step(facts, machine, streams, context, size, kv)
     weights, cache = facts.weights_read(streams) * size, context * facts.kv_values_per_token * kv
     routed = f", with {streams:.3g} tokens on {facts.experts} experts, uniform routing" if facts.experts else ""
     per = "token" if streams == 1 else f"step of {streams:.3g} streams (mean, by Little's law)"
-    assumed = (f"one pass over {amount(weights)} of weights per {per}{routed}; KV of {context:.0f} tokens mean "
-               f"({amount(cache)} a stream); {_speed(machine, found)}")  # fmt: skip
-    return _work("decode", "tokens/s", tpot / 1e9, found, machine, streams, assumed)
+    assumed = (f"one pass over {amount(weights)} of weights per {per}{routed}{_spread(copies)}; KV of {context:.0f} "
+               f"tokens mean ({amount(cache)} a stream); {_speed(machine, found)}")  # fmt: skip
+    return _work("decode", "tokens/s", tpot / 1e9, found, machine, streams * working, assumed)
 
 
 def _prefill(run: Run, facts: LlmFacts, machine: Machine, size: float, prompt: float) -> Work | None:
@@ -100,7 +106,7 @@ def _prefill(run: Run, facts: LlmFacts, machine: Machine, size: float, prompt: f
     return _work("prefill", "tokens/s", mean / 1e9, found, machine, prompt, assumed)
 
 
-def _video(run: Run, facts: VideoFacts, machine: Machine, precision: str) -> list[Work | None]:
+def _video(run: Run, facts: VideoFacts, machine: Machine, precision: str, copies: int) -> list[Work | None]:
     clip, measured = run.scenario.clip, run.summary.get("step_ns", {}).get("mean")
     if clip is None or not measured:
         return [None]
@@ -109,7 +115,8 @@ def _video(run: Run, facts: VideoFacts, machine: Machine, precision: str) -> lis
     tokens = facts.tokens(clip.frames, clip.height, clip.width)
     assumed = (f"{found.flops / 1e12:,.3g} TFLOP a step: {tokens:,} tokens, {'two passes' if guided else 'one pass'}; "
                f"text encoder and VAE not counted; {_speed(machine, found)}")  # fmt: skip
-    return [_work("denoising step", "steps/s", measured / 1e9, found, machine, 1.0, assumed)]
+    working = min(float(copies), max(1.0, (run.summary["qps"] or 0.0) * run.summary["e2e_ns"]["mean"] / 1e9))
+    return [_work("denoising step", "steps/s", measured / 1e9, found, machine, working, assumed)]
 
 
 def _work(name: str, unit: str, measured_s: float, found: Limit, machine: Machine, made: float, assumed: str) -> Work:
@@ -118,6 +125,10 @@ def _work(name: str, unit: str, measured_s: float, found: Limit, machine: Machin
         roofline.mbu(found.bytes, measured_s, machine), roofline.mfu(found.flops, measured_s, machine),
         found.flops / found.bytes, assumed,
     )  # fmt: skip
+
+
+def _spread(copies: int) -> str:
+    return f", spread evenly over {copies} copies of the model" if copies > 1 else ""
 
 
 def _speed(machine: Machine, found: Limit) -> str:

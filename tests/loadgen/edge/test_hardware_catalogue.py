@@ -64,6 +64,24 @@ def test_gpus_of_several_kinds_are_unknown():
     )
 
 
+def test_copies_of_the_model_share_the_streams(tmp_path):
+    """Four GPUs that each hold the whole model read the weights four times; two that share one copy, once."""
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_mib": "81559"}
+    document = {"hardware": {"label": "x", "gpus": [gpu] * 8},
+                "telemetry": {"energy_of": "gpu", "devices": [{"device": f"gpu{n}"} for n in range(4)]}}  # fmt: skip
+    runs = [one(tmp_path / tp, "H100", "torch-eager", name="concurrency", concurrency=16, count=64, scatter=0,
+                document=document | {"exported": {"tp": tp}}) for tp in ("1", "2")]  # fmt: skip
+    whole, shared = (physics.works(run)[0] for run in runs)
+    assert [(of_run(r.document).count, of_run(r.document).copies) for r in runs] == [(4, 4), (4, 2)]
+    tpot = runs[0].summary["tpot_ns"]["mean"] / 1e9
+    streams = round(whole.per_s * tpot)
+    weights, kv = 2 * 2_648_611_840, (7 + 32 / 2) * 327_680
+    assert 4 < streams <= 16 and streams == round(shared.per_s * tpot)
+    assert whole.limit.seconds == pytest.approx((weights + whole.per_s * tpot / 4 * kv) / 3350e9)
+    assert shared.limit.seconds == pytest.approx((weights + shared.per_s * tpot / 2 * kv) / 6700e9)
+    assert "spread evenly over 4 copies" in whole.assumed and "of 2 GPUs together" in shared.assumed
+
+
 def test_prices_are_the_users_and_checked(tmp_path):
     example = hardware_catalogue.DATA / "prices.example.toml"
     assert prices(example) == ({}, "") and prices(None) == ({}, "")

@@ -140,7 +140,8 @@ def test_every_family_has_one_name_help_and_base_unit():
         assert family.help and family.name.startswith("tritonmark_")
         assert family.name.endswith("_total") == (family.kind == "counter"), family.name
     assert {m.live for m in METRICS} == {"", "histogram", "counter"}
-    allowed = {"outcome", "metric", "percentile", "phase", "worker", "gpu", "reason", "weights", "preset", "report"}
+    allowed = {"outcome", "metric", "percentile", "phase", "worker", "gpu", "reason", "weights", "preset", "report",
+               "of"}  # fmt: skip
     assert {label for f in families for label in f.labels} <= allowed
 
 
