@@ -184,18 +184,36 @@ def mean_interval(values: Float, confidence: float = 0.95, least: float = _LEAST
 
 
 def rate_interval(
-    times_ns: Int64, amounts: Float, window_ns: int, confidence: float = 0.95, bins: int = _BINS
+    first_ns: Int64, done_ns: Int64, amounts: Float, window_ns: int, confidence: float = 0.95, bins: int = _BINS
 ) -> Interval | None:
-    """Interval for amounts per second over (0, window_ns]: the mean of what arrived in equal stretches of time.
+    """Interval for amounts per second over (0, window_ns]: the mean of what was made in equal stretches of time.
 
-    `amounts[i]` (requests: 1; or tokens) arrived at `times_ns[i]`, in any order. At least eight arrivals a stretch on
-    average, so that a steady rate is not blurred by single ones. It says how far another run of this length, with
-    other arrivals, would come out; None where `mean_interval` is None or the window is empty.
+    `amounts[i]` (requests: 1; or tokens) was made evenly from `first_ns[i]` to `done_ns[i]`, its first and last
+    response: streams that run side by side end in waves, and a wave is no change of the rate. In any order; at least
+    eight requests a stretch on average, so that a steady rate is not blurred by single ones. It says how far another
+    run of this length, with other arrivals, would come out; None where `mean_interval` is None or the window is empty.
     """
-    stretches = min(bins, len(times_ns) // 8)
+    stretches = min(bins, len(done_ns) // 8)
     if window_ns <= 0 or stretches < _FEWEST:
         return None
-    index = np.clip(times_ns * stretches // window_ns, 0, stretches - 1).astype(np.int64)
-    per_second = np.bincount(index, weights=amounts, minlength=stretches) * (stretches / (window_ns / 1e9))
+    per_second = _made(first_ns, done_ns, amounts, window_ns, stretches) * (stretches / (window_ns / 1e9))
     interval = mean_interval(per_second, confidence, least=3.0)  # sums of many arrivals are nearly normal
     return None if interval is None else (max(0.0, interval[0]), interval[1])
+
+
+def _made(first_ns: Int64, done_ns: Int64, amounts: Float, window_ns: int, stretches: int) -> Float:
+    """What was made in each stretch: a request's rate begins at its first response and ends at its last. Where it has
+    no first one, all was made at its end."""
+    first_ns = np.where(first_ns > 0, first_ns, done_ns)
+    begin, end = (np.clip(t * stretches // window_ns, 0, stretches - 1) for t in (first_ns, done_ns))
+    inside = begin == end
+    made = np.bincount(end[inside], amounts[inside], stretches).astype(np.float64)  # int64 where there are none
+    begin, end, amounts = begin[~inside], end[~inside], amounts[~inside]
+    width = window_ns / stretches
+    first, done = first_ns[~inside] / width, done_ns[~inside] / width  # in stretches
+    rate = amounts / (done - first)
+    made += np.bincount(begin, rate * (begin + 1 - first), stretches)
+    made -= np.bincount(end, rate * (end + 1 - done), stretches)
+    running = np.cumsum(np.bincount(begin, rate, stretches) - np.bincount(end, rate, stretches))
+    made[1:] += running[:-1]
+    return made

@@ -30,13 +30,19 @@ def beside(rows: Rows, latencies: Mapping[str, Float], window_ns: int, ordered: 
     state = steady_state(due, columns["e2e_ns"])
     figures = steady_figures(state, due, columns, np.where(ok, done, 0), tokens)
     return {
-        "intervals": intervals(columns, done, tokens, ok, window_ns, ordered),
+        "intervals": intervals(columns, rows.first_ns[order], done, tokens, ok, window_ns, ordered),
         "steady_state": state.to_json() | {"summary": figures},
     }
 
 
 def intervals(
-    latencies: Mapping[str, Float], done_ns: Int64, tokens: Int64, ok: Bool, window_ns: int, ordered: bool
+    latencies: Mapping[str, Float],
+    first_ns: Int64,
+    done_ns: Int64,
+    tokens: Int64,
+    ok: Bool,
+    window_ns: int,
+    ordered: bool,
 ) -> dict[str, Any]:
     """95 % intervals of a summary: p50, p90 and p99 of each latency (ns), and QPS and tokens a second.
 
@@ -52,7 +58,7 @@ def intervals(
             key: pair and [round(x) if math.isfinite(x) else None for x in pair] for key, pair in found.items()
         }
     for name, amounts in (("qps", np.broadcast_to(1.0, len(ok))), ("tokens_per_s", tokens.astype(np.float64))):
-        rate = rate_interval(done_ns[ok], amounts[ok], window_ns)
+        rate = rate_interval(first_ns[ok], done_ns[ok], amounts[ok], window_ns)
         out[name] = None if rate is None else list(rate)
     return out
 

@@ -10,7 +10,13 @@ from rows import make_rows
 from scipy.signal import lfilter
 
 from loadgen.core import early_stopping
-from loadgen.core.confidence import corrected_early_stopping, mean_interval, percentile_interval, rate_interval
+from loadgen.core.confidence import (
+    _made,
+    corrected_early_stopping,
+    mean_interval,
+    percentile_interval,
+    rate_interval,
+)
 from loadgen.core.dependence import effective_size, latency_inflation, ranks, variance_inflation
 from loadgen.core.metrics import summarise
 from loadgen.core.scenario import Kind, Limits
@@ -154,9 +160,33 @@ def test_mean_and_rate_intervals():
     held = [low <= 0 <= high for low, high in (mean_interval(ar1(0.8, 3000, rng)) for _ in range(200))]
     assert np.mean(held) > 0.91
     due = np.cumsum(rng.exponential(S / 50, 20_000)).astype(np.int64)
-    low, high = rate_interval(due, np.full(20_000, 10.0), int(due[-1]))
+    low, high = rate_interval(due, due, np.full(20_000, 10.0), int(due[-1]))
     assert low < 500 < high and high - low < 30
-    assert rate_interval(due[:50], np.ones(50), int(due[49])) is None
+    assert rate_interval(due[:50], due[:50], np.ones(50), int(due[49])) is None
+
+
+def test_waves_of_streams_are_a_steady_rate():
+    """64 streams side by side, each a request after the other, all in step: they end together, and work all the time."""
+    rng = np.random.default_rng(14)
+    first = np.sort(np.concatenate([wave * S + rng.integers(1, S // 20, 64) for wave in range(20)]))
+    done = (first // S + 1) * S
+    low, high = rate_interval(first, done, np.full(len(first), 128.0), int(done[-1]))
+    assert low < 64 * 128 < high and high - low < 0.1 * 64 * 128
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_made_in_each_stretch_is_the_overlap(seed):
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 10 * S, 300)
+    done = first + rng.choice([0, 1, S // 100, S, 4 * S], 300)
+    amounts, window = rng.integers(1, 200, 300).astype(float), int(done.max())
+    edges = window * np.arange(31) / 30
+    until = [
+        amounts @ np.where(done > first, np.clip((e - first) / np.maximum(done - first, 1), 0, 1), done < e)
+        for e in edges
+    ]
+    until[-1] = amounts.sum()
+    assert _made(first, done, amounts, window, 30) == pytest.approx(np.diff(until), abs=1e-6 * amounts.sum())
 
 
 def test_a_million_rows_take_under_two_seconds():
