@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 
-RUNTIME = Path(__file__).resolve().parents[2] / "exporters" / "runtime"
-sys.path.insert(0, str(RUNTIME))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "exporters" / "runtime"), str(ROOT)]
 
 from llm_request import parse_prompt  # noqa: E402
 from llm_settings import read_settings  # noqa: E402
 from llm_slots import SlotEngine  # noqa: E402
+
+from exporters.verify import TOLERANCES  # noqa: E402
 
 
 class Load:
@@ -102,22 +104,28 @@ def together(load: Load, count: int, tokens_in: int, tokens_out: int) -> dict:
     }
 
 
-def agreement(load: Load, version: Path, device: str, count: int = 4, tokens: int = 32) -> float:
-    """Share of the engine's tokens that plain transformers would choose after the same tokens (teacher forcing)."""
+def agreement(load: Load, version: Path, device: str, precision: str, count: int = 4, tokens: int = 32) -> dict:
+    """The engine's tokens beside those of the plain transformers model in `precision`, after the same tokens (teacher
+    forcing): the share that is the same, and the share that is wrong by the rule of `export --verify`, because the
+    plain model's choice is better by more than the margin."""
     from llm_weights import load_model
 
     prompts = [prompt(40 + 37 * n, n) for n in range(count)]
     numbers = [load.send(ids, tokens) for ids in prompts]
     load.wait()
-    answers = [load.tokens[n] for n in numbers]
-    model = load_model(version / "weights", load.settings, device).eval()
-    same = 0
+    model = load_model(version / "weights", load.settings | {"precision": precision}, device).eval()
+    margin = TOLERANCES[load.settings["precision"]].margin
+    same = wrong = 0
     with torch.inference_mode():
-        for ids, answer in zip(prompts, answers, strict=True):
-            logits = model(torch.tensor([ids + answer], device=device)).logits[0]
-            chosen = logits[len(ids) - 1 : -1].argmax(-1).tolist()
-            same += sum(a == b for a, b in zip(chosen, answer, strict=True))
-    return same / (count * tokens)
+        for ids, number in zip(prompts, numbers, strict=True):
+            answer = torch.tensor(load.tokens[number], device=device)
+            whole = torch.cat([torch.tensor(ids, device=device), answer])[None]
+            logits = model(whole).logits[0, len(ids) - 1 : -1].float()
+            behind = logits.amax(-1) - logits.gather(-1, answer[:, None])[:, 0]
+            same += int((behind == 0).sum())
+            wrong += int((behind > margin).sum())
+    total = count * tokens
+    return {"with": precision, "tokens": total, "same": same / total, "wrong": wrong / total, "margin": margin}
 
 
 def main() -> None:
@@ -128,7 +136,8 @@ def main() -> None:
     parser.add_argument("--many", default="8,64,256")
     parser.add_argument("--tokens", default="128,128", help="prompt and answer")
     parser.add_argument("--settings", default="{}", help="JSON that overrides settings.json")
-    parser.add_argument("--agreement", action="store_true", help="load the model twice and compare")
+    parser.add_argument("--agreement", metavar="PRECISION", help="compare with the plain model in that precision, such "
+                        "as bf16; both must fit, so mind kv_tokens in --settings")  # fmt: skip
     arguments = parser.parse_args()
     version = arguments.model / "1"
     tokens_in, tokens_out = map(int, arguments.tokens.split(","))
@@ -149,7 +158,7 @@ def main() -> None:
         figures[f"at_once_{count}"] = max(runs, key=lambda run: run["tokens_per_s"])
         print(count, json.dumps(figures[f"at_once_{count}"]), flush=True)
     if arguments.agreement:
-        figures["agreement"] = agreement(load, version, arguments.device)
+        figures["agreement"] = agreement(load, version, arguments.device, arguments.agreement)
     arguments.out.mkdir(parents=True, exist_ok=True)
     target = arguments.out / f"llm_engine-{arguments.model.name}.json"
     target.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
