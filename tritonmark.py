@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 from rich.console import Console
@@ -21,6 +24,7 @@ from exporters.server import TritonServer
 from loadgen.core.scenario import Kind
 from loadgen.edge import report, report_html, scenarios
 from loadgen.edge.command_options import arguments
+from loadgen.edge.discovery import Discovery
 from loadgen.edge.launch import Launched, launch
 from loadgen.edge.store import Run
 
@@ -82,7 +86,7 @@ def run_bench(
         step(console, f"export {model} ({backend}, {weights} weights)")
         export_model(model, backend, weights, repository)
     step(console, "serve with tritonserver")
-    with TritonServer(repository, models=[model], log_path=results_log(results)) as server:
+    with TritonServer(repository, models=[model], log_path=results_log(results)) as server, found_at(results, server):
         common = {"host": server.http_url, "model": model, "preset": preset, "server_metrics": server.metrics_url}
         step(console, "warm up and calibrate: 16 requests in flight")
         ceiling = launch(arguments(common | CALIBRATION | {"preset": "smoke", "results": scratch}), console)
@@ -102,6 +106,18 @@ def run_bench(
             if launched[-1].interrupted:
                 break
     return launched
+
+
+@contextmanager
+def found_at(results: Path, server: TritonServer) -> Iterator[None]:
+    """Prometheus finds this server's page meanwhile, which is not on the port that is scraped anyway."""
+    discovery = Discovery(results)
+    page = urlsplit(server.metrics_url)
+    discovery.write([{"targets": [page.netloc], "labels": {"job": "triton", "optional": "true"}}])
+    try:
+        yield
+    finally:
+        discovery.remove()
 
 
 def calibrated(run: Run) -> float:

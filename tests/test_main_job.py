@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,7 @@ def test_bench_ends_with_three_sealed_runs_a_table_and_a_page(tmp_path):
     assert sorted(r.scenario.name for r in runs) == ["offline", "server", "single_stream"]
     assert (done.returncode == 0) == all(r.valid for r in runs)
     for run in runs:
+        store.verify_all(run)
         assert run.document["backend"] == "torch-eager"
         assert run.document["weights"] == "synthetic"
         assert run.summary["failed"] == 0
@@ -66,12 +68,16 @@ def test_ctrl_c_in_the_bench_leaves_a_sealed_run_and_no_process(tmp_path):
             break
         time.sleep(0.1)
     time.sleep(3)
+    found = [g for p in (tmp_path / "r").glob(".prometheus/targets/*.json") for g in json.loads(p.read_text())]
+    (triton,) = (g["targets"][0] for g in found if g["labels"]["job"] == "triton")
+    with urllib.request.urlopen(f"http://{triton}/metrics", timeout=5) as page:
+        assert b'nv_inference_request_success{model="phi-2-tiny"' in page.read()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     (run,) = [store.load(p.parent) for p in (tmp_path / "r").rglob("run.json")]
     assert process.returncode == 3, output
     assert run.document["verdict"]["reasons"][0]["code"] == "cut_off"
-    assert leftovers(str(tmp_path)) == []
+    assert leftovers(str(tmp_path)) == [] and not list((tmp_path / "r").glob(".prometheus/targets/*"))
 
 
 def test_run_and_report_against_a_server(fake_triton, tmp_path):

@@ -4,8 +4,7 @@ Every process has one endpoint: the master's tells of requests and of the run, a
 process of a small test tells of both. The endpoint answers from a process of its own (`live_server`), to which figures
 are handed as datagrams that are dropped when it does not take them: a scrape cannot delay an arrival.
 
-`<results>/.prometheus/targets/<host>-<pid>.json` lists the endpoints for Prometheus' file_sd_configs while the process
-lives.
+While the process lives, Prometheus finds the endpoints by a file (`discovery.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import logging
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -31,12 +28,11 @@ import gevent.event
 from loadgen.core.record import Rows
 from loadgen.core.scenario import Scenario
 from loadgen.edge import live_names as names
+from loadgen.edge.discovery import Discovery
 from loadgen.edge.errors import UserError
 from loadgen.edge.live_fold import RunFigures
 
-log = logging.getLogger("tritonmark")
 BASE_PORT = 9464
-TARGETS = Path(".prometheus", "targets")  # inside the results folder
 START_S = 20.0
 LINGER_S = 15.0  # at most so long a finished test waits for its last scrape
 SCRAPER_GONE_S = 35.0  # who has not asked for so long is not waited for
@@ -114,7 +110,7 @@ class Live:
 
     def __init__(self, port: str, bind: str, results: Path, role: str) -> None:
         """`role` is master, worker or local. Raises UserError for a port that is none."""
-        self.role, self.endpoint, self.targets = role, None, results / TARGETS
+        self.role, self.endpoint, self.discovery = role, None, Discovery(results)
         self._workers: dict[int, str] = {}
         self._run: LiveRun | None = None
         self.opened = gevent.event.Event()
@@ -201,28 +197,15 @@ class Live:
 
     def close(self) -> None:
         if self.endpoint:
-            self._targets_file().unlink(missing_ok=True)
+            self.discovery.remove()
             self.endpoint.close()
             self.endpoint = None
 
-    def _targets_file(self) -> Path:
-        return self.targets / f"{platform.node() or 'host'}-{os.getpid()}.json"
-
     def _write_targets(self) -> None:
-        """The discovery file, replaced as a whole, without those of processes of this host that are gone."""
         groups = [{"targets": [self.address], "labels": {"job": "tritonmark", "role": self.role}}]
         if self._workers:
             groups.append({"targets": list(self._workers.values()), "labels": {"job": "tritonmark", "role": "worker"}})
-        try:
-            self.targets.mkdir(parents=True, exist_ok=True)
-            for other in self.targets.glob(f"{platform.node() or 'host'}-*.json"):
-                if not Path("/proc", other.stem.rpartition("-")[2]).exists():
-                    other.unlink(missing_ok=True)
-            scratch = self._targets_file().with_suffix(".tmp")
-            scratch.write_text(json.dumps(groups, indent=1) + "\n")
-            scratch.rename(self._targets_file())
-        except OSError as error:
-            log.warning("Prometheus will not find this test: %s", error)
+        self.discovery.write(groups)
 
 
 class LiveRun:

@@ -20,8 +20,9 @@ from loadgen.core.metrics import METRICS, select, summarise
 from loadgen.core.scenario import Limits
 from loadgen.edge import live_names as names
 from loadgen.edge import scenarios
+from loadgen.edge.discovery import TARGETS
 from loadgen.edge.errors import UserError
-from loadgen.edge.live import TARGETS, Endpoint, Live
+from loadgen.edge.live import Endpoint, Live
 from loadgen.edge.live_fold import Histogram, RunFigures
 
 LABELS = ("server", "m", "b", "p", "h", "r")
