@@ -120,11 +120,11 @@ def rooflines(runs: Sequence[Run]) -> Figure | None:
     for run in runs:
         precision = str(run.document.get("precision", ""))
         for work in physics.works(run):
-            where = hardware(run)
-            machine = where.machine(precision, where.group)
+            machine = hardware(run).machine(precision)
             if machine is None or precision not in BYTES:
                 continue
-            key = f"{where.name} {precision}"
+            several = f"{machine.gpus}x " if machine.gpus > 1 else ""  # that share one copy of the model
+            key = f"{several}{machine.name} {precision}"
             if key not in roofs:
                 roofs[key] = len(roofs)
                 turn = machine.flops_s / machine.bandwidth_bytes_s if machine.flops_s else 1e4

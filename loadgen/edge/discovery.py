@@ -9,6 +9,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from loadgen.edge.errors import UserError
+from loadgen.edge.text_file import write
+
 log = logging.getLogger("tritonmark")
 TARGETS = Path(".prometheus", "targets")  # inside the results folder
 
@@ -31,10 +34,8 @@ class Discovery:
             for other in self.folder.glob(f"{self._host}-*.json"):
                 if not Path("/proc", other.stem.rpartition("-")[2]).exists():
                     other.unlink(missing_ok=True)
-            scratch = self.file.with_suffix(".tmp")
-            scratch.write_text(json.dumps(groups, indent=1) + "\n")
-            scratch.rename(self.file)
-        except OSError as error:
+            write(self.file, json.dumps(groups, indent=1) + "\n", "look at the results folder")
+        except (OSError, UserError) as error:
             log.warning("Prometheus will not find this test: %s", error)
 
     def remove(self) -> None:

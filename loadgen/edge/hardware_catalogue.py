@@ -88,9 +88,9 @@ class Hardware:
         """Of the generation; unknown hardware comes first."""
         return self.gpu.year if self.gpu else 0
 
-    def machine(self, precision: str, gpus: int = 1) -> Machine | None:
-        """What a roofline needs: measured by the probe where it was run, else by data sheet. None where neither is. The
-        probe has no fp8 or fp4 product: such a peak is the data sheet's.
+    def machine(self, precision: str) -> Machine | None:
+        """What a roofline needs of the GPUs that share one copy of the model: measured by the probe where it was run,
+        else by data sheet. None where neither is. The probe has no fp8 or fp4 product: such a peak is the data sheet's.
         """
         sheet = self.gpu.peak_flops(precision) if self.gpu else None
         if bandwidth := self.measured.get("copy_bytes_s"):
@@ -98,12 +98,13 @@ class Hardware:
             source = "as measured by the probe"
             if not measured and sheet:
                 source = f"with the bandwidth by the probe and the {precision} peak by data sheet"
-            name, peak = self.name, measured or sheet
+            peak = measured or sheet
         elif self.gpu:
-            name, bandwidth, peak, source = self.gpu.name, self.gpu.bandwidth_gbs * 1e9, sheet, "by data sheet"
+            bandwidth, peak, source = self.gpu.bandwidth_gbs * 1e9, sheet, "by data sheet"
         else:
             return None
-        return Machine(name, bandwidth * gpus, peak * gpus if peak else None, source, gpus)
+        name = self.gpu.name if self.gpu else self.label
+        return Machine(name, bandwidth * self.group, peak * self.group if peak else None, source, self.group)
 
 
 @cache

@@ -56,7 +56,7 @@ def works(run: Run) -> list[Work]:
     precision = str(document.get("precision", ""))
     facts = facts_of(str((document.get("exported") or {}).get("model") or document.get("model") or ""))
     hardware = of_run(document)
-    machine = hardware.machine(precision, hardware.group)  # of one copy of the model
+    machine = hardware.machine(precision)
     if facts is None or machine is None or precision not in BYTES or not run.summary.get("completed"):
         return []
     if isinstance(facts, LlmFacts):

@@ -56,7 +56,7 @@ def test_gpus_of_several_kinds_are_unknown():
     assert of_run({"hardware": {"label": "mixed", "gpus": gpus}}).gpu is None
     two = {"hardware": {"label": "x", "gpus": gpus[:1] * 2}, "exported": {"tp": "2"}}
     assert of_run(two).name == "2x H200 SXM"
-    assert of_run(two).machine("bf16", 2).bandwidth_bytes_s == pytest.approx(9600e9)
+    assert of_run(two).machine("bf16").bandwidth_bytes_s == pytest.approx(9600e9)
     servers = {"hardware": {"label": "2x-NVIDIA H200"}, "servers": [{"url": "a", "share": 1}, {"url": "b", "share": 1}]}
     assert of_run(servers).count == 2, "each server has GPUs of its own"
     assert of_run(servers | {"hardware": {"label": "x", "gpus": two["hardware"]["gpus"][:1]}}).count == 1, (
@@ -79,6 +79,9 @@ def test_copies_of_the_model_share_the_streams(tmp_path):
     assert 4 < streams <= 16 and streams == round(shared.per_s * tpot)
     assert whole.limit.seconds == pytest.approx((weights + whole.per_s * tpot / 4 * kv) / 3350e9)
     assert shared.limit.seconds == pytest.approx((weights + shared.per_s * tpot / 2 * kv) / 6700e9)
+    assert "by data sheet (H100 SXM)" in whole.assumed, "the roof of one copy, not of all four GPUs"
+    probed = of_run(document | {"hardware": document["hardware"] | {"measured": {"copy_bytes_s": 3.0e12}}})
+    assert (probed.name, probed.machine("bf16").name) == ("4x H100 SXM", "H100 SXM")
     assert "spread evenly over 4 copies" in whole.assumed and "of 2 GPUs together" in shared.assumed
 
 
