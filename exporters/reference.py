@@ -9,6 +9,7 @@ export in 8 bit, where that fits.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -77,6 +78,16 @@ def write_reference(version: Path, count: int, source: Path | None = None) -> No
                 "precision": precision,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    del model
+    free_gpu()
+
+
+def free_gpu() -> None:
+    """Give unused GPU memory back to the driver: the server that `--verify` starts next needs it."""
+    import torch
+
+    gc.collect()  # a model's modules refer to each other
+    torch.cuda.empty_cache()
 
 
 def _alternatives(logits, chosen) -> list[list[list]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from exporters.errors import UserError
-from exporters.reference import prompts
+from exporters.reference import free_gpu, prompts
 from exporters.weights import import_path
 
 NAME = "reference_video"
@@ -70,6 +70,8 @@ def write_references(version: Path, count: int, source: Path | None = None) -> N
         ).frames[0]  # fmt: skip
         clips.append((video * 255).round().astype(np.uint8))
         rows.append({"text_input": text, "seed": seed, **fields})
+    del pipe
+    free_gpu()
     np.savez_compressed(version.parent / f"{NAME}.npz", frames=np.stack(clips))
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (version.parent / f"{NAME}.jsonl").write_text(lines, encoding="utf-8")

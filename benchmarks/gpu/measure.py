@@ -67,7 +67,7 @@ class Campaign:
         print(self.noted[-1], flush=True)
 
     def run(self) -> int:
-        """0 when every planned run was VALID, else 3."""
+        """0 when every run was VALID, else 3: also when there was none."""
         codes = []
         if self.options.probe:
             subprocess.run([*self.tritonmark, "probe-gpu", "--out", str(self.probe)], check=True)
@@ -79,13 +79,14 @@ class Campaign:
 
     def _model(self, model: dict[str, Any]) -> list[int]:
         started, titles = time.monotonic(), {name: model[name] for name in ("name", "backend")}
+        repeats = model["repeats"] if self.options.repeats is None else self.options.repeats
         try:
             with TritonServer(self.options.repository / model["backend"], models=[model["name"]], on_progress=print,
                               ready_timeout_s=model["load_s"]) as server:  # fmt: skip
                 self.note(**titles, load_s=round(time.monotonic() - started, 1), memory_mib=memory())
                 codes = [
                     self._load(server, model, words.split())
-                    for _ in range(self.options.repeats or model["repeats"]) for words in model["runs"] if not self.late
+                    for _ in range(repeats) for words in model["runs"] if not self.late
                 ]  # fmt: skip
                 self.note(**titles, memory_mib=memory(), codes=codes)
         except UserError as error:
@@ -136,7 +137,7 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--results", default="results")
     parser.add_argument("--only", default="", help="of the plan, such as phi-2/torch-eager,phi-2/torch-compile")
-    parser.add_argument("--repeats", type=int, help="instead of the plan's")
+    parser.add_argument("--repeats", type=int, help="instead of the plan's; 0 only loads the models")
     parser.add_argument("--until-s", type=float, default=1e9, help="begin no run later than that after the start")
     parser.add_argument("--probe", action="store_true", help="measure the GPU's bandwidth and products first")
     parser.add_argument("--smi", action="store_true", help="sample nvidia-smi beside the runs")
