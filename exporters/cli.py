@@ -55,6 +55,7 @@ def models(as_json: bool) -> None:
     "--reference", type=click.IntRange(0), help="Reference answers for `run accuracy`.  [default: 16 for tiny models]"
 )
 @click.option("--reference-prompts", type=click.Path(path_type=Path), help="JSONL.  [default: the corpus's sentences]")
+@click.option("--reference-clip", default="", help="Of a video model: frames=9,steps=8.  [default: as it is served]")
 @click.option("--verify", is_flag=True, help="Serve the result and compare it with its reference; 3 if it differs.")
 @click.option("--tp", default=1, show_default=True, help="GPUs that share the model by tensor parallelism.")
 @click.option("--pp", default=1, show_default=True, help="Pipeline stages (tensorrtllm).")
@@ -68,7 +69,8 @@ def models(as_json: bool) -> None:
 def export(
     model: str, backend: str, weights: str, out: Path, name: str | None, precision: str | None, seed: int,
     device: str, tp: int, pp: int, ep: int, served_from: str, image: str, build_cache: Path | None, no_check: bool,
-    dry_run: bool, force: bool, reference: int | None, reference_prompts: Path | None, verify: bool,
+    dry_run: bool, force: bool, reference: int | None, reference_prompts: Path | None, reference_clip: str,
+    verify: bool,
 ) -> None:  # fmt: skip
     """Write MODEL as a Triton model into a model repository."""
     started = time.monotonic()
@@ -91,6 +93,7 @@ def export(
         force=force,
         reference=(REFERENCE_ANSWERS if verify or model.endswith("-tiny") else 0) if reference is None else reference,
         reference_prompts=reference_prompts,
+        reference_clip=reference_clip,
         on_progress=click.echo if backend == "tensorrtllm" else None,  # the others take seconds
     )
     click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")

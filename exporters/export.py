@@ -15,6 +15,7 @@ from exporters.config_pbtxt import render
 from exporters.errors import UserError
 from exporters.reference import write_reference
 from exporters.registry import Build, Order, find_exporter, plan_of, precisions_of
+from exporters.video_reference import parse_clip
 
 TOOLS = ("tritonmark", "torch", "transformers", "tokenizers", "safetensors", "numpy", "diffusers", "av")
 
@@ -34,6 +35,7 @@ def export_model(
     force: bool = False,
     reference: int = 0,
     reference_prompts: Path | None = None,
+    reference_clip: str = "",
     on_progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write `out/name` and return it; `out/name/manifest.json` says what it is.
@@ -41,11 +43,15 @@ def export_model(
     `weights` is `synthetic`, `hub` or a folder; `precision` defaults to the model's first one, `name` to its own
     name. `device` is `auto` (the GPU that Triton gives, else the CPU) or `cpu`; `tp` GPUs share the model, and `build`
     says how a backend that compiles outside this process goes about it. That many `reference` answers of plain
-    `generate` go into `reference.jsonl` (see `reference.py`). Bad input is a UserError, and then, as after a crash,
-    nothing appears in `out`.
+    `generate` go into `reference.jsonl` (see `reference.py`); `reference_clip`, such as `frames=9,steps=8`, is what a
+    video model is then asked for where its own clip would take long. Bad input is a UserError, and then, as after a
+    crash, nothing appears in `out`.
     """
     tell = on_progress or (lambda message: None)
+    clip = parse_clip(reference_clip)
     order = _check(model, backend, weights, name, precision, seed, device, tp, replace(build or Build(), tell=tell))
+    if clip and order.model.family != "video":
+        raise UserError(f"--reference-clip is for video models, {model} is none; leave it out")
     export = find_exporter(order.model.family, backend)
     out = Path(out)
     with layout.staged(out, order.name, force) as folder:
@@ -65,7 +71,7 @@ def export_model(
             tell("no reference answers: the engine reads or draws the weights itself, they are not in the export")
         elif reference:
             tell(f"answering {reference} reference prompts with plain generate")
-            write_reference(version, reference, reference_prompts)
+            write_reference(version, reference, reference_prompts, clip)
         layout.write_manifest(folder, facts)
     tell(f"wrote {out / order.name}")
     return out / order.name

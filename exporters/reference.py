@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from exporters.errors import UserError
@@ -39,17 +40,19 @@ def prompts(count: int, source: Path | None = None) -> list[str]:
     return texts
 
 
-def write_reference(version: Path, count: int, source: Path | None = None) -> None:
+def write_reference(
+    version: Path, count: int, source: Path | None = None, clip: Mapping[str, int] | None = None
+) -> None:
     """Answer `count` prompts with the weights of the `version` folder, one after the other, on the CPU; on the GPU
     where weights are drawn on load, because each kind of device draws others. A UserError where they do not fit.
 
-    A video model's clips are written by `exporters.video_reference`.
+    A video model's clips, which `clip` changes, are written by `exporters.video_reference`.
     """
     settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))
     if settings.get("family") == "video":
         from exporters.video_reference import write_references
 
-        write_references(version, count, source)
+        write_references(version, count, source, clip or {})
         return
     texts = prompts(count, source)
     import tokenizers

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from exporters.weights import import_path
 NAME = "reference_video"
 MAX_CLIPS = 8  # a reference is for comparing, and 49 frames of 480 x 720 are 51 MB
 RUNTIME = Path(__file__).with_name("runtime")
-MIN_PSNR_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 25.0}  # eager against compiled: rounding only
+CLIP_FIELDS = {"frames": "num_frames", "steps": "num_inference_steps", "height": "height", "width": "width"}
+MIN_PSNR_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 30.0}  # eager against compiled: rounding only
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,27 @@ def video_agreement(reference: np.ndarray, frames: np.ndarray) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def write_references(version: Path, count: int, source: Path | None = None) -> None:
-    """Make `count` clips (at most 8) with the weights of the `version` folder; prompt k has seed k."""
+def parse_clip(words: str) -> dict[str, int]:
+    """`frames=9,steps=8` as fields of a request for a clip. Raises UserError."""
+    fields = {}
+    for word in filter(None, words.split(",")):
+        name, _, value = (part.strip() for part in word.partition("="))
+        if name not in CLIP_FIELDS or not value.isdigit() or int(value) < 1:
+            raise UserError(f"--reference-clip has {word!r}; give {', '.join(CLIP_FIELDS)}, such as frames=9,steps=8")
+        fields[CLIP_FIELDS[name]] = int(value)
+    return fields
+
+
+def prompt_distance(references: Sequence[ReferenceClip]) -> float:
+    """How near the clips of two prompts with one seed come, in dB: a PSNR of no more says nothing about the prompt.
+    `-inf` where no two have one seed."""
+    pairs = [(a, b) for i, a in enumerate(references) for b in references[:i] if a.request["seed"] == b.request["seed"]]
+    return max((video_agreement(a.frames, b.frames) for a, b in pairs), default=-math.inf)
+
+
+def write_references(version: Path, count: int, source: Path | None, clip: Mapping[str, int]) -> None:
+    """Make `count` clips (at most 8) with the weights of the `version` folder, as they are served by default but for
+    the fields in `clip`. Two neighbours have one seed (prompt k has seed k // 2), so that a prompt's part is seen."""
     if count > MAX_CLIPS:
         count = MAX_CLIPS
     texts = prompts(count, source)
@@ -55,14 +76,21 @@ def write_references(version: Path, count: int, source: Path | None = None) -> N
     from diffusers import CogVideoXPipeline
 
     with import_path(RUNTIME):
+        from video_request import BadRequestError, parse_order
         from video_weights import load_parts
     settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))
+    fields = {n: settings[n] for n in ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")}
+    fields |= clip
+    try:
+        parse_order({"text_input": "-", **fields}, settings)
+    except BadRequestError as error:
+        raise UserError(f"--reference-clip cannot be served: {error}") from None
     device = "cuda" if torch.cuda.is_available() and settings["device"] != "cpu" else "cpu"
     pipe = CogVideoXPipeline(**load_parts(version / "weights", settings, device))
     pipe.set_progress_bar_config(disable=True)
-    fields = {n: settings[n] for n in ("num_frames", "height", "width", "num_inference_steps", "guidance_scale")}
     clips, rows = [], []
-    for seed, text in enumerate(texts):
+    for number, text in enumerate(texts):
+        seed = number // 2
         video = pipe(
             prompt=text, **fields, use_dynamic_cfg=settings["dynamic_cfg"], output_type="np",
             max_sequence_length=pipe.transformer.config.max_text_seq_length,

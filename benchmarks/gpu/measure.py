@@ -8,8 +8,9 @@ is the same for all backends. Each run is sealed under --results. Prompts of lan
 length, and the same for every backend. RESULTS/measured.json tells how long each model took to load and what memory it
 held; with --smi, nvidia-smi is sampled beside the runs into RESULTS/nvidia-smi.csv for telemetry_check.py, and with
 --probe the GPU is measured first (`tritonmark probe-gpu`) and the figures sealed with every run. A model that does not
-load is noted, and the next one follows. TRITONMARK_LOAD_PYTHON names another interpreter for the load, where the
-server's has no Locust.
+load is noted, and the next one follows. --verify compares a model's answers with its reference before the runs. --gpu 1
+uses that GPU alone, so that several of these programs, each with --results of its own, can share a host.
+TRITONMARK_LOAD_PYTHON names another interpreter for the load, where the server's has no Locust.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from exporters.errors import UserError  # noqa: E402
 from exporters.server import TritonServer  # noqa: E402
+from exporters.verify import check_served  # noqa: E402
 
 SMI = ["nvidia-smi", "--query-gpu=timestamp,index,power.draw.instant,clocks.sm,clocks.mem,memory.used",
        "--format=csv,noheader,nounits", "-lms", "100"]  # fmt: skip
@@ -84,6 +86,9 @@ class Campaign:
             with TritonServer(self.options.repository / model["backend"], models=[model["name"]], on_progress=print,
                               ready_timeout_s=model["load_s"]) as server:  # fmt: skip
                 self.note(**titles, load_s=round(time.monotonic() - started, 1), memory_mib=memory())
+                if self.options.verify:
+                    folder = self.options.repository / model["backend"] / model["name"]
+                    self.note(**titles, verified=check_served(folder, server.http_url).line)
                 codes = [
                     self._load(server, model, words.split())
                     for _ in range(repeats) for words in model["runs"] if not self.late
@@ -99,6 +104,8 @@ class Campaign:
         command = [*self.tritonmark, "run", *words, "--host", server.http_url, "--model", model["name"],
                    "--results", str(self.results), "--server-metrics", server.metrics_url,
                    *model["options"].split()]  # fmt: skip
+        if self.options.gpu is not None:
+            command += ["--gpus", str(self.options.gpu)]
         if self.probe.is_file():
             command += ["--gpu-probe", str(self.probe)]
         if model["prompts"] == "synthetic":
@@ -141,7 +148,11 @@ def main() -> int:
     parser.add_argument("--until-s", type=float, default=1e9, help="begin no run later than that after the start")
     parser.add_argument("--probe", action="store_true", help="measure the GPU's bandwidth and products first")
     parser.add_argument("--smi", action="store_true", help="sample nvidia-smi beside the runs")
+    parser.add_argument("--verify", action="store_true", help="compare answers with the references of the exports")
+    parser.add_argument("--gpu", type=int, help="use this GPU alone; without it all that CUDA shows")
     options = parser.parse_args()
+    if options.gpu is not None:  # CUDA's own order is by speed; NVML and nvidia-smi count by bus
+        os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(options.gpu)}
     campaign = Campaign(options)
     with sampled(campaign.results / "nvidia-smi.csv" if options.smi else None):
         return campaign.run()

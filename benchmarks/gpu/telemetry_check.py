@@ -44,10 +44,13 @@ def check(folder: Path, samples: dict[int, np.ndarray]) -> dict | None:
         return None
     table = pq.read_table(folder / "telemetry.parquet").to_pydict()
     out: dict = {"run": document["run_id"], "ours_w": document["summary"].get("mean_power_watts"), "smi_w": 0.0}
-    counters = [device["counter_joules"] for device in document["telemetry"]["devices"]]
+    devices = {device["device"]: device for device in document["telemetry"]["devices"]}
+    counters = [device["counter_joules"] for device in devices.values()]
     out["counter_w"] = sum(counters) / (end / 1e9) if counters and None not in counters else None
     equal, compared = 0, 0
     for index, rows in samples.items():
+        if f"gpu{index}" not in devices:  # it did other work
+            continue
         at = (rows[:, 0] - t0).astype(np.int64)
         if not len(at) or at[0] > 0 or at[-1] < end:
             return None

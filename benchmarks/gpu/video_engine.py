@@ -106,8 +106,7 @@ def main() -> int:
     import diffusers
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from byte_tokenizer import save_byte_tokenizer
     from video_engine import Engine
     from video_request import ClipOrder
 
@@ -120,12 +119,7 @@ def main() -> int:
     settings = {**model["runtime"], "parts": model["parts"], "precision": precision, "seed": args.seed,
                 "draw_on_load": True, "transformer_mode": "eager"}  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="video-engine-"))
-    letters = {piece: i for i, piece in enumerate(["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))  # bytes: which text it is does not matter to the speed
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
-    wrapped.save_pretrained(folder / "tokenizer")
+    save_byte_tokenizer(folder / "tokenizer")
     order = ClipOrder("A red kite climbs over a windy beach.", "", args.seed, settings["num_frames"],
                       settings["height"], settings["width"], args.steps, settings["guidance_scale"], settings["fps"],
                       "none", False)  # fmt: skip

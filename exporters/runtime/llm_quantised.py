@@ -26,7 +26,7 @@ def quantise(weight: torch.Tensor, storage: torch.dtype) -> tuple[torch.Tensor, 
     """`weight` [..., outputs, inputs] as `storage`, and the scales [..., outputs, 1] (fp32) that multiply it back."""
     most = _MOST[storage]
     scale = (weight.abs().amax(-1, keepdim=True).float() / most).clamp_min(_LEAST_SCALE)
-    held = (weight.float() / scale).clamp_(-most, most)
+    held = (weight / scale).clamp_(-most, most)  # in fp32, as the scale is, without a copy of the weight in it
     return (held.round_() if storage is torch.int8 else held).to(storage), scale
 
 

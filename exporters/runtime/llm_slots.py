@@ -186,6 +186,13 @@ class SlotEngine:
         self._deliver(outputs, self.occupancy())
 
 
+def _prompt_bytes(config, settings: dict) -> int:
+    """What the longest step of prompts needs beside weights and cache: its widest activations, of which the gate, what
+    it opens and their product are there at once in 16 bit, and with 8-bit weights the product once more in 32."""
+    width = config.intermediate_size * getattr(config, "num_experts_per_tok", 1)
+    return max(settings["max_batch_tokens"], settings["max_context"]) * width * (3 * 2 + 4)
+
+
 def _count_pages(model, settings: dict, device: str) -> int:
     """Pages of the cache, scratch included, from `kv_tokens` or the share of free device memory."""
     tokens = settings["kv_tokens"]
@@ -194,12 +201,13 @@ def _count_pages(model, settings: dict, device: str) -> int:
             raise ValueError("config.pbtxt: parameter kv_tokens must be set on a CPU")
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(torch.device(device))
+        free = max(0, free - _prompt_bytes(model.config, settings))
         size = llm_paged.token_bytes(model.config, model.model.embed_tokens.weight.dtype)
         tokens = int(free * settings["kv_memory_share"]) // size
         if tokens < settings["max_context"]:
             raise ValueError(
-                f"{free / 2**30:.1f} GiB are free after the weights: room for {tokens} tokens of KV cache, but one"
-                f" sequence may have {settings['max_context']}; take a larger GPU, a smaller precision or a shorter"
-                " max_context in config.pbtxt"
+                f"{free / 2**30:.1f} GiB are free after the weights and the longest prompt: room for {tokens} tokens of"
+                f" KV cache, but one sequence may have {settings['max_context']}; take a larger GPU, a smaller"
+                " precision or a shorter max_context in config.pbtxt"
             )
     return -(-tokens // PAGE) + 1

@@ -171,6 +171,20 @@ def test_a_cache_on_the_cpu_needs_a_size(slots):
         slots(kv_tokens=0)
 
 
+@pytest.mark.parametrize(("free", "tokens"), [(1_500_000, 2215), (800_000, 1122), (140_000, None)])
+def test_the_cache_leaves_room_for_the_longest_prompt(runtime, monkeypatch, free, tokens):
+    """A token takes 2 (keys, values) x 2 layers x 2 heads x 8 numbers x 4 bytes; a prompt 128 x 64 x 10 bytes."""
+    module = runtime("llm_slots")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
+    settings = SETTINGS | {"kv_tokens": 0, "kv_memory_share": 0.4}
+    if tokens is None:
+        with pytest.raises(ValueError, match="room for 90 tokens"):
+            module._count_pages(small("llama"), settings, "cuda:0")
+        return
+    assert tokens == int((free - 128 * 64 * 10) * 0.4) // 256
+    assert module._count_pages(small("llama"), settings, "cuda:0") == -(-tokens // module.PAGE) + 1
+
+
 def test_buckets_and_shapes_cover_everything(runtime):
     steps = runtime("llm_steps")
     assert steps.buckets(6) == [1, 2, 4, 6]

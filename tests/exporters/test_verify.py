@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -13,7 +14,7 @@ from exporters import cli as cli_module
 from exporters.errors import UserError
 from exporters.export import export_model
 from exporters.server import TritonServer
-from exporters.verify import TOLERANCES, Outcome, check_served, compare, read_reference, verify_export
+from exporters.verify import TOLERANCES, Outcome, check_served, compare, is_likely, read_reference, verify_export
 
 
 def row(tokens, margins, others=None):
@@ -61,6 +62,22 @@ def test_tolerances_widen_with_precision():
     order = [TOLERANCES[name] for name in ("fp32", "fp16", "bf16", "int8", "fp8")]
     assert [t.margin for t in order] == sorted(t.margin for t in order)
     assert TOLERANCES["fp32"].wrong == 0 and all(t.wrong <= t.wrong_routed <= 0.15 for t in order)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "compared", "allowed", "likely"),
+    [(0, 300, 0.0, True), (1, 300, 0.0, False), (1, 369, 0.002, True), (5, 369, 0.002, False),
+     (3, 7, 0.15, True), (5, 7, 0.15, False), (20, 60, 0.15, False), (8, 8, 0.15, False),
+     (1500, 2048, 0.15, False), (300, 2048, 0.15, True)],
+)  # fmt: skip
+def test_few_tokens_prove_little_and_many_much(wrong, compared, allowed, likely):
+    assert is_likely(wrong, compared, allowed) == likely
+
+
+def test_chance_is_as_often_as_the_rate_says():
+    draws = np.random.default_rng(0).binomial(40, 0.15, 20_000)
+    refused = np.mean([not is_likely(int(wrong), 40, 0.15) for wrong in draws])
+    assert 0.003 < refused <= 0.0105
 
 
 def test_a_reference_has_what_the_gate_needs(tmp_path):

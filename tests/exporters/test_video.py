@@ -18,7 +18,7 @@ from exporters.catalogue import find_model
 from exporters.errors import UserError
 from exporters.export import export_model
 from exporters.video import check_parameters
-from exporters.video_reference import MIN_PSNR_DB, read_references, video_agreement
+from exporters.video_reference import MIN_PSNR_DB, prompt_distance, read_references, video_agreement
 
 TINY = "cogvideox-5b-tiny"
 
@@ -209,7 +209,37 @@ def test_the_engine_equals_plain_diffusers(make, videos):
         clip = make(**reference.request)
         assert video_agreement(reference.frames, clip.frames) >= MIN_PSNR_DB["fp32"]
         assert len(clip.step_s) == 4 and min(clip.step_s) > 0 < clip.vae_decode_s
-    assert video_agreement(references[0].frames, references[1].frames) < 20
+    assert 20 < prompt_distance(references) < MIN_PSNR_DB["fp32"] - 2, "the gate would notice another prompt"
+
+
+def test_a_reference_of_another_clip(tmp_path):
+    folder = export_model(TINY, out=tmp_path, reference=3, reference_clip="frames=9, steps=1,height=16,width=32")
+    references = read_references(folder)
+    assert [r.request["seed"] for r in references] == [0, 0, 1] and references[0].request["num_inference_steps"] == 1
+    assert references[0].frames.shape == (9, 16, 32, 3)
+    assert (
+        video_agreement(references[0].frames, references[2].frames) < 25
+        and prompt_distance(references[1:]) == -math.inf
+    )
+
+
+@pytest.mark.parametrize("words", ["frames", "frames=0", "frames=-1", "pace=3", "steps=8.5"])
+def test_a_reference_clip_that_makes_no_sense(tmp_path, words):
+    with pytest.raises(UserError, match=f"--reference-clip has '{words}'; give frames, steps, height, width"):
+        export_model(TINY, out=tmp_path, reference=1, reference_clip=words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_clip_that_would_not_be_served(tmp_path):
+    with pytest.raises(UserError, match="--reference-clip cannot be served: num_frames is 5; it must be 8 k"):
+        export_model(TINY, out=tmp_path, reference=1, reference_clip="frames=5")
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def test_a_language_model_has_no_clip(tmp_path):
+    with pytest.raises(UserError, match="phi-2-tiny is none; leave it out"):
+        export_model("phi-2-tiny", out=tmp_path, reference=1, reference_clip="steps=2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_drawn_frames_are_a_picture_and_follow_seed_prompt_and_guidance(make):

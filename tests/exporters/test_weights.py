@@ -133,6 +133,16 @@ def test_rows_are_scaled_apart(modules, storage):
     assert (error[:2] / largest[:2]).max() < 0.04 and error[2] == 0  # small rows are as exact as large ones
 
 
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.int8])
+def test_scaling_is_done_in_fp32_and_leaves_the_weight_alone(modules, storage):
+    weight = torch.randn(5, 64).bfloat16()
+    before, (held, scale) = weight.clone(), modules.quantised.quantise(weight, storage)
+    wanted = weight.float() / scale
+    wanted = wanted.round() if storage is torch.int8 else wanted
+    assert torch.equal(held.float(), wanted.to(storage).float()) and scale.dtype is torch.float32
+    assert torch.equal(weight, before)
+
+
 def test_short_rotary_is_transformers_own(modules, drawn):
     network = drawn["phi-3.5-moe-tiny"][1]
     short = modules.weights.ShortRotary(network.model.rotary_emb)
