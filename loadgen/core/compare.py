@@ -4,15 +4,16 @@ A *fingerprint* is what a run was: facts that runs must share (`MUST`), facts th
 facts that may matter and are named when they differ (`NOTES`). A *cell* is all runs with the same axes: its repeats.
 
 Intervals are for the ratio, at 95 %, made on logarithms with Student's t and Welch's degrees of freedom. Where both
-sides have repeats, the scatter between repeats is the uncertainty: it contains the scatter inside a run. A side of one
-run borrows the other's scatter; two single runs have only what `bootstrap.py` sees inside a run, and are marked so.
+sides have repeats, the scatter between repeats is the uncertainty: it contains the scatter inside a run. A lone run
+borrows the scatter of the cell whose repeats differ most; where no cell has repeats there is only what `bootstrap.py`
+sees inside a run, and it is marked so.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import stdtrit
@@ -25,9 +26,10 @@ MARGIN = 1.03  # on half-widths: estimated variances are a little too small, and
 AXES = ("hardware", "backend", "precision", "tp")
 MUST = ("weights", "prompts", "input tokens", "output tokens", "seeds", "limits", "arrivals", "duration", "in flight",
         "sample order", "clip", "preset", "salt", "servers")  # fmt: skip
-NOTES = ("server", "driver", "power limit", "clocks", "client", "client host", "tool versions", "workers")
+NOTES = ("server", "driver", "host", "power limit", "clocks", "client", "client host", "tool versions", "workers",
+         "warmup")  # fmt: skip
 
-REPEATS, BORROWED, WITHIN, NONE = "repeats", "repeats of one side", "within single runs", "none"
+REPEATS, BORROWED, WITHIN, NONE = "repeats", "repeats of other cells", "within single runs", "none"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Mean:
     """The mean logarithm of a cell's repeats: `variance` of that mean with its degrees of freedom, None if unknown.
 
     `within` is the part of the variance that single runs show by themselves; `spread` the variance of one run among
-    repeats.
+    repeats: its own, or, of a lone run, what `lend` gave it.
     """
 
     log: float
@@ -79,24 +81,44 @@ def mean(estimates: Sequence[Estimate]) -> Mean:
     return Mean(float(logs[0]), 1, within, known[0][1] if known else 0.0, within)
 
 
-def ratio(side: Sequence[Estimate], baseline: Sequence[Estimate], paired: Estimate | None = None) -> Ratio:
-    """exp(mean log of `side` − mean log of `baseline`). `paired`, of two single runs of one schedule, is log side/base.
+def lend(means: Sequence[Mean]) -> list[Mean]:
+    """The same figures, but a lone run has the scatter of those repeats that differ most: how much a second run would
+    have differed is not in the first one. It keeps its own where that is larger, or where nothing has repeats."""
+    spread, df = max(((m.spread, m.df) for m in means if m.spread is not None), default=(None, 0.0))
+    if spread is None:
+        return list(means)
+    return [m if m.runs > 1 or (m.variance or 0.0) > spread else replace(m, variance=spread, df=df, spread=spread)
+            for m in means]  # fmt: skip
+
+
+def ratio(
+    side: Sequence[Estimate], baseline: Sequence[Estimate], paired: Estimate | None = None, others: Sequence[Mean] = ()
+) -> Ratio:
+    """exp(mean log of `side` − mean log of `baseline`). `paired`, of two single runs of one schedule, is log side/base;
+    it is used where none of the `others`, the further cells of a comparison, has repeats to lend their scatter.
 
     Raises ValueError where a side is empty.
     """
     a, b = mean(side), mean(baseline)
-    if paired is not None and a.runs == b.runs == 1:
+    if paired is not None and all(m.runs == 1 for m in (a, b, *others)):
         return between(paired.log, paired.variance, paired.df, WITHIN)
-    log = a.log - b.log
-    if a.spread is not None and b.spread is not None:
-        variance, df = welch([(a.spread / a.runs, a.df), (b.spread / b.runs, b.df)])
-        return between(log, variance, df, REPEATS)
-    many = a if a.spread is not None else b
-    if many.spread is not None:
-        return between(log, many.spread * (1 / a.runs + 1 / b.runs), many.df, BORROWED)
-    if a.variance is None or b.variance is None:
+    a, b, *_ = lend([a, b, *others])
+    return contrast([a], [b])
+
+
+def contrast(plus: Sequence[Mean], minus: Sequence[Mean]) -> Ratio:
+    """exp(Σ log of `plus` − Σ log of `minus`) with its interval."""
+    means = [*plus, *minus]
+    log = math.fsum([m.log for m in plus] + [-m.log for m in minus])
+    if any(m.variance is None for m in means):
         return between(log, None, 0.0, NONE)
-    return between(log, *welch([(a.variance, a.df), (b.variance, b.df)]), WITHIN)
+    alone = [m for m in means if m.runs == 1]
+    basis = REPEATS if not alone else BORROWED if any(m.spread is not None for m in means) else WITHIN
+    sources: dict[tuple[float | None, float, int], float] = {}
+    for place, m in enumerate(means):  # one scatter that stands for several cells is one source of error, not several
+        source = (m.spread, m.df, -1 if m.spread is not None else place)
+        sources[source] = sources.get(source, 0.0) + (m.variance or 0.0)
+    return between(log, *welch([(variance, df) for (_, df, _), variance in sources.items()]), basis)
 
 
 def welch(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:

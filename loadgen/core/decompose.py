@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loadgen.core.compare import NONE, REPEATS, WITHIN, Mean, Ratio, between, welch
+from loadgen.core.compare import REPEATS, Mean, Ratio, contrast
 
 Cell = tuple[str, str]  # hardware, backend
 
@@ -39,17 +39,11 @@ class Grid:
 
     def contrast(self, plus: Sequence[Cell], minus: Sequence[Cell]) -> Ratio | None:
         """exp(Σ y(plus) − Σ y(minus)) with its interval; None where one of the cells is a hole."""
-        cells = [*plus, *minus]
-        if any(c not in self.cells for c in cells):
+        if any(c not in self.cells for c in (*plus, *minus)):
             return None
-        log = math.fsum([self.cells[c].log for c in plus] + [-self.cells[c].log for c in minus])
         if not set(plus) ^ set(minus):  # a cell against itself
             return Ratio(1.0, 1.0, 1.0, REPEATS, math.inf)
-        means = [self.cells[c] for c in cells]
-        if any(m.variance is None for m in means):
-            return Ratio(math.exp(log), None, None, NONE)
-        basis = REPEATS if all(m.runs > 1 for m in means) else WITHIN
-        return between(log, *welch([(m.variance or 0.0, m.df) for m in means]), basis)
+        return contrast([self.cells[c] for c in plus], [self.cells[c] for c in minus])
 
 
 @dataclass(frozen=True)

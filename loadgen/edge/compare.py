@@ -162,7 +162,15 @@ class Table:
     def lines(self, baseline: Cell) -> list[Line]:
         """Every figure of every other cell against `baseline`."""
         others = [cell for cell in self.cells if cell is not baseline]
-        return [line(cell, baseline, figure) for figure in figures(baseline.repeats[0].run) for cell in others]
+        out = []
+        for figure in figures(baseline.repeats[0].run):
+            means = self.means(figure)
+            out += [line(cell, baseline, figure, means) for cell in others]
+        return out
+
+    def means(self, figure: Figure) -> list[Mean]:
+        """The figure of every cell that has it."""
+        return [found for cell in self.cells if (found := cell.mean(figure)) is not None]
 
     def baseline(self, wanted: str | None) -> Cell | None:
         """The cell whose label has all words of `wanted`, or that holds the run of that id; else the first (oldest)."""
@@ -175,15 +183,15 @@ class Table:
         return next((c for c in self.cells if all(w in c.label.lower() for w in words)), None)
 
 
-def line(cell: Cell, baseline: Cell, figure: Figure) -> Line:
-    """`figure` of `cell` against `baseline`; without a gain where either has none."""
+def line(cell: Cell, baseline: Cell, figure: Figure, means: Sequence[Mean]) -> Line:
+    """`figure` of `cell` against `baseline`; without a gain where either has none. `means` are those of all cells."""
     mine, base = cell.mean(figure), baseline.mean(figure)
     gain, paired = None, None
     if mine and base:
         top, bottom = (baseline, cell) if figure.lower else (cell, baseline)
         sides = [[e for m in c.repeats if (e := m.estimate(figure))] for c in (top, bottom)]
-        paired = _paired(top, bottom, figure) if mine.runs == base.runs == 1 else None
-        gain = ratio(sides[0], sides[1], paired)
+        paired = _paired(top, bottom, figure) if all(m.runs == 1 for m in means) else None
+        gain = ratio(sides[0], sides[1], paired, means)
     return Line(cell.label, figure, _value(mine, figure), _value(base, figure), gain, paired is not None,
                 cell.run_ids, baseline.run_ids)  # fmt: skip
 

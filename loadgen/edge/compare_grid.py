@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loadgen.core.compare import WITHIN, Ratio
+from loadgen.core.compare import WITHIN, Ratio, lend
 from loadgen.core.decompose import Decomposition, Grid, additive, decompose
 from loadgen.edge.compare import Cell, Figure, Table, figures
 from loadgen.edge.fingerprint import BACKENDS
@@ -54,6 +54,7 @@ def _grid(table: Table, precision: str, baseline: Cell) -> GridView | None:
     backends = tuple(sorted({b for _, b in cells}, key=_backend))
     wanted = (baseline.facts["hardware"], baseline.facts["backend"])
     start = wanted if wanted in means else min(means, key=lambda c: (hardware.index(c[0]), backends.index(c[1])))
+    means = dict(zip(means, lend(list(means.values())), strict=True))
     grid = Grid(hardware, backends, means)
     return GridView(table, precision, figure, grid, start, decompose(grid, start), cells)
 

@@ -66,7 +66,7 @@ def _notes(found: Sequence[Table], done: Sequence[tuple[Table, Cell, list[Line]]
     """Caveats in words."""
     out = []
     for table in found:
-        differing = {n: v for n, v in table.notes.items() if n in ("server", "driver")}
+        differing = {n: v for n, v in table.notes.items() if n in ("server", "driver", "host")}
         out += [f"{table.title}: {name} differs ({' or '.join(v)})" for name, v in differing.items()]
         out += _capped(table) + _limited(table)
         if len(table.cells) == 1:
@@ -76,7 +76,7 @@ def _notes(found: Sequence[Table], done: Sequence[tuple[Table, Cell, list[Line]]
         out.append("some gains rest on one run each: their intervals do not contain how repeats differ, which is often "
                    "more; make at least two repeats")  # fmt: skip
     if BORROWED in bases:
-        out.append("some cells have one run: its scatter is taken from the repeats of the other side")
+        out.append("some cells have one run: its scatter is taken from the cell whose repeats differ most")
     if NONE in bases:
         out.append("some gains have no interval: a run is too short for that figure, or it lies among failures")
     if any(line.paired for _, _, lines in done for line in lines):

@@ -11,7 +11,8 @@ from loadgen.core.verdict import limited
 from loadgen.edge.hardware_catalogue import Hardware, of_run
 from loadgen.edge.store import Run
 
-BACKENDS = ("torch-eager", "torch-compile", "vllm", "tensorrt", "tensorrtllm")  # from no compiler to most
+# From no compiler to most.
+BACKENDS = ("torch-eager", "torch-compile", "vllm-python", "vllm", "tensorrt", "tensorrtllm")
 
 
 def fingerprint(run: Run) -> dict[str, str]:
@@ -19,7 +20,8 @@ def fingerprint(run: Run) -> dict[str, str]:
     document, scenario = run.document, run.scenario
     prompts, exported = document.get("prompts") or {}, document.get("exported") or {}
     server, client = document.get("server") or {}, document.get("client") or {}
-    gpus = (document.get("hardware") or {}).get("gpus") or [{}]
+    machine = document.get("hardware") or {}
+    gpus = machine.get("gpus") or [{}]
     open_loop = scenario.kind is Kind.SERVER
     salt = "off" if not scenario.salt else "run" if scenario.salt_seed is None else f"seed {scenario.salt_seed}"
     facts: dict[str, Any] = {
@@ -36,10 +38,10 @@ def fingerprint(run: Run) -> dict[str, str]:
         "sample order": scenario.sample_order, "preset": scenario.preset, "salt": salt,
         "servers": "shares " + ", ".join(str(s["share"]) for s in document.get("servers") or [{"share": 1}]),
         "server": f"{server.get('name')} {server.get('version')}", "driver": gpus[0].get("driver"),
-        "power limit": gpus[0].get("power_limit_w"),
+        "host": _host(machine), "power limit": gpus[0].get("power_limit_w"),
         "clocks": f"{gpus[0].get('max_sm_mhz')} / {gpus[0].get('max_memory_mhz')} MHz" if gpus[0] else None,
         "client": _flat(client.get("versions") or {}), "client host": client.get("host"),
-        "tool versions": _tools(exported.get("tools")), "workers": client.get("workers"),
+        "tool versions": _tools(exported.get("tools")), "workers": client.get("workers"), "warmup": scenario.warmup,
     }  # fmt: skip
     return {name: "none" if value is None else str(value) for name, value in facts.items()}
 
@@ -77,6 +79,12 @@ def rank(run: Run) -> tuple[Any, ...]:
     speed = where.gpu.bandwidth_gbs if where.gpu else 0.0
     place = BACKENDS.index(backend) if backend in BACKENDS else len(BACKENDS)
     return (where.year, speed, where.name, place, backend, str(run.document.get("precision")))
+
+
+def _host(machine: dict[str, Any]) -> str | None:
+    """What works beside the GPU: eager backends are often as fast as this."""
+    cpu, gpus = machine.get("cpu") or {}, machine.get("host_gpus", len(machine.get("gpus") or []))
+    return f"{cpu['model']}, {cpu['cores']} cores, {gpus} GPU{'s' * (gpus != 1)}" if cpu else None
 
 
 def _flat(values: dict[str, Any]) -> str:

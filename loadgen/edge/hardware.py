@@ -18,18 +18,29 @@ from loadgen.edge.errors import UserError
 _QUERY = "name,memory.total,driver_version,power.limit,clocks.max.sm,clocks.max.memory,uuid"
 
 
-def describe(host: str, label: str | None = None, probe: str | None = None) -> dict[str, Any]:
+def describe(
+    host: str, label: str | None = None, probe: str | None = None, serving: str | None = None
+) -> dict[str, Any]:
     """`label` (the folder name of the results), GPUs and CPU of the server at URL `host`; what `probe`'s file measured.
 
-    A remote server's hardware cannot be seen over HTTP: its label is "unknown" unless the user gives one.
+    A remote server's hardware cannot be seen over HTTP: its label is "unknown" unless the user gives one. `serving`:
+    indices such as 0,1 of the GPUs to describe, where others of the host do other work; `host_gpus` counts all. Raises
+    UserError where there is no such GPU.
     """
     measured = {"measured": read_probe(Path(probe))} if probe else {}
     if not is_local(host):
         return {**measured, "label": label or "unknown", "gpus": [], "cpu": None, "probed": False}
-    gpus = nvidia_gpus()
+    gpus = all_gpus = nvidia_gpus()
+    if serving and all_gpus:
+        try:
+            gpus = [all_gpus[index] for index in sorted({int(part) for part in serving.split(",")})]
+        except IndexError:
+            found = f"0 to {len(all_gpus) - 1}" if len(all_gpus) > 1 else "0 alone"
+            raise UserError(f"--gpus is {serving}, but this host's GPUs are {found}") from None
     cpu = {"model": cpu_model(), "cores": os.cpu_count(), "memory_bytes": memory_bytes()}
     found = f"{len(gpus)}x-{gpus[0]['name']}" if gpus else f"cpu-{cpu['model']}-{cpu['cores']}-cores"
-    return {**measured, "label": label or found, "gpus": gpus, "cpu": cpu, "probed": True}
+    return {**measured, "label": label or found, "gpus": gpus, "host_gpus": len(all_gpus), "cpu": cpu,
+            "probed": True}  # fmt: skip
 
 
 def read_probe(path: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def make_live(environment: Environment) -> Live:
 
 def telemetry_settings(options: Namespace) -> Settings:
     """The options of telemetry. Raises UserError."""
-    settings = Settings(options.telemetry, options.telemetry_hz, options.telemetry_gpus, options.server_metrics)
+    settings = Settings(options.telemetry, options.telemetry_hz, options.gpus, options.server_metrics)
     settings.check()
     return settings
 
@@ -228,7 +228,7 @@ class Control:
             "exported": exported,
             "server": server,
             **({"servers": several} if several else {}),
-            "hardware": hardware.describe(servers.farthest(host), options.hardware, options.gpu_probe),
+            "hardware": hardware.describe(servers.farthest(host), options.hardware, options.gpu_probe, options.gpus),
             "overrides": {k: v for k, v in overrides.items() if v is not None and v != ""},
             "prompts": library.describe(scenario),
         }

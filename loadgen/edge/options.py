@@ -80,7 +80,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("--telemetry", "power and clocks: auto, nvml, off, or the URL of a DCGM exporter's or Triton's metrics",
            default="auto"),
     Option("--telemetry-hz", "samples per second of NVML and host", float, default=5.0),
-    Option("--telemetry-gpus", "GPUs whose energy counts, such as 0,1 (default: those that worked during the run)"),
+    Option("--gpus", "GPUs of the host that serve, such as 0,1: only they are described, and their energy counts"
+           " (default: all are described, those that worked count)"),
     Option("--server-metrics", "Triton's metrics page: auto (port 8002, or HTTP port + 2), a URL (one a server) or off",
            default="auto"),
 )  # fmt: skip

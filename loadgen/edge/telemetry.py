@@ -52,7 +52,7 @@ class Settings:
         if not 0.1 <= self.hz <= 50:
             raise UserError(f"--telemetry-hz is {self.hz:g}; give 0.1 to 50 samples per second")
         if self.gpus is not None and not all(part.strip().isdigit() for part in self.gpus.split(",")):
-            raise UserError(f"--telemetry-gpus is {self.gpus!r}; give GPU indices such as 0 or 0,1")
+            raise UserError(f"--gpus is {self.gpus!r}; give GPU indices such as 0 or 0,1")
 
 
 class Telemetry:

@@ -96,6 +96,40 @@ def test_repeats_decide_and_a_lone_run_borrows():
         compare.ratio([], base)
 
 
+def test_a_lone_run_takes_the_scatter_of_the_most_unsteady_cell():
+    """A steady backend's repeats say nothing about how much an unsteady one's second run would have differed."""
+    steady = [Estimate(math.log(10) + d, 1e-9, 50) for d in (0.0, 0.001)]
+    lone = [Estimate(0.0, 1e-9, 50)]
+    unsteady = compare.mean([Estimate(d, 1e-9, 50) for d in (0.0, 0.2)])
+    alone, beside = compare.ratio(steady, lone), compare.ratio(steady, lone, others=[unsteady])
+    assert alone.low > 9.8 and beside.low < 2 and beside.basis == compare.BORROWED
+    # the scatter between two runs that differ by 0.2 is 0.2^2 / 2, with one degree of freedom: t is 12.706
+    assert math.log(beside.high / beside.ratio) == pytest.approx(compare.MARGIN * 12.706 * 0.2 / math.sqrt(2), rel=1e-3)
+
+
+def test_borrowed_scatter_counts_once_and_a_larger_own_one_stays():
+    cell = [Estimate(d, 1e-9, 50) for d in (0.0, 0.02)]
+    found = compare.ratio([Estimate(0.5)], cell)
+    # variance 0.02^2 / 2 for the lone run and half of it for the mean of two: one source with one degree of freedom
+    assert found.df == pytest.approx(1) and math.log(found.high / found.ratio) == pytest.approx(
+        compare.MARGIN * 12.706 * math.sqrt(0.0002 * 1.5), rel=1e-3
+    )
+    noisy = compare.lend([compare.mean([Estimate(0.5, 0.09, 30)]), compare.mean(cell)])[0]
+    assert (noisy.variance, noisy.df, noisy.spread) == (0.09, 30, None)
+
+
+def test_lent_scatter_covers():
+    """Backends of unlike steadiness, one run of the unsteady one on the second GPU: the ratio of both GPUs is 1.5."""
+    rng, inside = np.random.default_rng(4), 0
+    for _ in range(2000):
+        old = [Estimate(d) for d in rng.normal(0, 0.1, 3)]
+        new = [Estimate(float(rng.normal(math.log(1.5), 0.1)), 1e-6, 40)]
+        steady = compare.mean([Estimate(d) for d in rng.normal(2, 0.001, 3)])
+        found = compare.ratio(new, old, others=[steady])
+        inside += found.low <= 1.5 <= found.high
+    assert 0.93 <= inside / 2000 <= 0.97
+
+
 def test_not_separable_means_that_the_interval_spans_one():
     assert compare.between(0.05, 0.0004, 10, "x").separable
     assert not compare.between(0.04, 0.0004, 10, "x").separable

@@ -135,3 +135,31 @@ def test_a_measured_bandwidth_takes_the_place_of_the_data_sheet(tmp_path):
     probe.write_text('{"copy_bytes_s": 0}')
     with pytest.raises(UserError, match="is not what"):
         hardware.describe("http://10.0.0.1:8000", None, str(probe))
+
+
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    """An nvidia-smi of a host with two different GPUs."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 580.1, 700.00, 1980, 2619, GPU-a'\n"
+        "echo 'NVIDIA H200, 143771, 580.1, 700.00, 1980, 3201, GPU-b'\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(
+    ("serving", "label", "names"),
+    [(None, "2x-NVIDIA H100 80GB HBM3", ["GPU-a", "GPU-b"]), ("1", "1x-NVIDIA H200", ["GPU-b"]),
+     ("1,0,1", "2x-NVIDIA H100 80GB HBM3", ["GPU-a", "GPU-b"])],
+)  # fmt: skip
+def test_only_the_gpus_that_serve_are_described(two_gpus, serving, label, names):
+    found = hardware.describe("http://127.0.0.1:8000", serving=serving)
+    assert found["label"] == label and found["host_gpus"] == 2
+    assert [gpu["uuid"] for gpu in found["gpus"]] == names
+
+
+def test_a_gpu_that_is_not_there_is_refused(two_gpus):
+    with pytest.raises(UserError, match="--gpus is 0,2, but this host's GPUs are 0 to 1"):
+        hardware.describe("http://127.0.0.1:8000", serving="0,2")

@@ -247,7 +247,7 @@ def test_rapl_wraps_and_is_absent_where_it_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "flag"),
-    [({"source": "sometimes"}, "--telemetry"), ({"hz": 0.0}, "--telemetry-hz"), ({"gpus": "a"}, "--telemetry-gpus"),
+    [({"source": "sometimes"}, "--telemetry"), ({"hz": 0.0}, "--telemetry-hz"), ({"gpus": "a"}, "--gpus"),
      ({"server": "8002"}, "--server-metrics")],
 )  # fmt: skip
 def test_bad_options_are_named(change, flag):
