@@ -48,23 +48,24 @@ def launch(arguments: list[str], console: Console, locust_file: str | None = Non
     file = LOCUST_FILES / (locust_file or locust_file_for(arguments))
     command = [sys.executable, "-m", "locust", "-f", str(file), "--headless", "--only-summary"]
     receive, send = os.pipe()
+    seen: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+", prefix="tritonmark-load-") as log:
-        process = subprocess.Popen(
-            [*command, *arguments, *own_port(arguments)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            pass_fds=(send,), env=os.environ | {PROGRESS_FD: str(send)}, start_new_session=True,
-        )  # fmt: skip
-        os.close(send)
-        seen: dict[str, Any] = {}
-        with os.fdopen(receive) as lines, _interrupts_go_to(process) as interrupts:
+        with _Interrupts() as interrupts, os.fdopen(receive) as lines:
+            process = subprocess.Popen(
+                [*command, *arguments, *own_port(arguments)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                pass_fds=(send,), env=os.environ | {PROGRESS_FD: str(send)}, start_new_session=True,
+            )  # fmt: skip
+            os.close(send)
+            interrupts.go_to(process)
             watch(_remember(lines, seen), console)
             code = process.wait()
         try:
             launched = _result(code, seen.get("folder"), log)
         except (UserError, RuntimeError):
-            if interrupts:  # before there was a run to seal
+            if interrupts.came:  # before there was a run to seal
                 raise KeyboardInterrupt from None
             raise
-        launched.interrupted = bool(interrupts)
+        launched.interrupted = interrupts.came
         return launched
 
 
@@ -93,25 +94,36 @@ def _remember(lines: IO[str], seen: dict[str, Any]) -> Iterator[str]:
         yield line
 
 
-@contextlib.contextmanager
-def _interrupts_go_to(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+class _Interrupts:
     """While inside, Ctrl-C and SIGTERM end the load process, which seals; this process waits for it.
 
-    Gives the list of the signals that came.
+    Entered before the load process starts: a Ctrl-C while it does would leave it behind, in a session of its own.
     """
-    came: list[int] = []
 
-    def forward(number: int, _frame: Any) -> None:
-        came.append(number)
-        if len(came) == 1 and process.poll() is None:
-            process.send_signal(signal.SIGINT)
+    came = False
+    told = False
+    process: subprocess.Popen[bytes] | None = None
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> _Interrupts:
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def go_to(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self._pass_on()
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        self.came = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self.came and not self.told and self.process is not None and self.process.poll() is None:
+            self.told = True
+            self.process.send_signal(signal.SIGINT)
 
 
 def _result(code: int, folder: str | None, log: IO[str]) -> Launched:

@@ -78,8 +78,8 @@ def cut_after(limit_s: float | None) -> Iterator[threading.Event]:
         return
     timer = threading.Timer(limit_s, end)
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # should it come before `launch` listens or after
-    timer.start()
     try:
+        timer.start()  # a Ctrl-C in here must cancel it too: nothing ends while a timer runs
         yield late
     finally:
         timer.cancel()

@@ -1,9 +1,11 @@
 """Searches through journal, options and probes: first with a made-up launcher, then the real Locust."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from rows import make_rows
 
 from loadgen.core.metrics import summarise
 from loadgen.core.verdict import Audit, judge
+from loadgen.edge import launch as launching
 from loadgen.edge import scenarios, search_cli
 from loadgen.edge import search as searching
 from loadgen.edge.errors import UserError
@@ -185,6 +188,38 @@ def test_the_real_locust_finds_what_the_fake_server_carries(fake_triton, tmp_pat
     assert answer["spent_s"] <= 47 and answer["rate"] is not None, answer
     assert 4 <= answer["rate"] <= 18  # 3 s runs let a queue of 1 s grow: some way above is VALID
     assert json.loads((tmp_path / answer["run"] / "run.json").read_text())["verdict"]["valid"] is True
+
+
+def test_ctrl_c_while_the_limit_of_a_run_starts_leaves_no_timer(monkeypatch):
+    """A timer left running held the process for the rest of the search's budget."""
+    start = threading.Timer.start
+
+    def interrupted(timer):
+        start(timer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), cut_after(60):
+        pass
+    until(lambda: not any(isinstance(thread, threading.Timer) for thread in threading.enumerate()), 5)
+
+
+def test_ctrl_c_while_the_load_process_starts_ends_it(monkeypatch, tmp_path):
+    """It has a session of its own: one that nobody told would go on loading the server."""
+    born = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            born.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    words = ["--host", "http://127.0.0.1:1", "--model", "fake", "--results", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        launching.launch(words, Console(quiet=True))
+    (process,) = born
+    assert process.returncode not in (0, None)
 
 
 def test_a_journal_belongs_to_one_process(tmp_path):
