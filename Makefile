@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+TESTS ?= not slow
 
-.PHONY: setup bench test test-all check format clean
+.PHONY: setup bench test check format clean
 
 setup: $(VENV)/ready
 
@@ -20,8 +21,14 @@ $(VENV)/ready: pyproject.toml scripts/install_torch.py
 bench: setup
 	$(BIN)/tritonmark bench $(ARGS)
 
+# Tests that measure time have the machine to themselves, the others share it. With ARGS: those that they choose.
 test: setup
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal -m "not alone and ($(TESTS))"
+	$(BIN)/python -m pytest -m "alone and ($(TESTS))"
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -10,6 +10,15 @@ from types import ModuleType
 
 import pytest
 
+HERE = Path(__file__).parent
+ALONE = (HERE / "loadgen" / "edge", HERE / "fakes", HERE / "test_main_job.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(item.path.is_relative_to(place) for place in ALONE):
+            item.add_marker("alone")
+
 
 def _load(path: Path) -> ModuleType:
     """Import a test double by path: there are no packages under tests/, or they would shadow the real ones."""
@@ -23,7 +32,7 @@ def _load(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def _fake_triton_process() -> Iterator[object]:
-    server = _load(Path(__file__).parent / "fakes" / "triton_server.py").start()
+    server = _load(HERE / "fakes" / "triton_server.py").start()
     yield server
     server.stop()
 

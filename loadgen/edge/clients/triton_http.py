@@ -99,7 +99,7 @@ class TritonHttp:
         self._port = url.port or (443 if url.scheme == "https" else 80)
         self._tls = ssl.create_default_context() if url.scheme == "https" else None
         self._kernel_stamps = kernel_stamps and not self._tls and sys.platform == "linux"
-        self.take: Callable[[bytes, int, Record], None] = _take_and_keep if keep_outputs else _take
+        self.take: Callable[[bytes, int, Record], object] = _take_and_keep if keep_outputs else _take
         self._timeout_ns = round(timeout_s * 1e9)
         self._connect_timeout_s = connect_timeout_s
         self._clock = clock
@@ -257,14 +257,20 @@ def _age_ns(notes: list[tuple[int, int, bytes]]) -> int:
     return 0
 
 
-def _take(payload: bytes, arrival: int, record: Record) -> None:
-    """Add one event to its row. Bytes that aren't UTF-8 spoil a text, which nobody measures, and no more than that."""
+def read_event(payload: bytes) -> dict[str, Any]:
+    """An event's JSON object. Bytes that aren't UTF-8 spoil a text, which nobody measures, and no more than that."""
     try:
         message = decode(payload.decode("utf-8", "replace"))
     except (ValueError, RecursionError) as error:
         raise RequestError("malformed", f"{error} in event {payload[:120]!r}") from error
     if type(message) is not dict:
         raise RequestError("malformed", f"an event is not a JSON object: {payload[:120]!r}")
+    return message
+
+
+def _take(payload: bytes, arrival: int, record: Record) -> dict[str, Any]:
+    """Add one event to its row, and give what was in it."""
+    message = read_event(payload)
     tokens = message.get("num_output_tokens")
     if tokens:
         record.chunk_tokens.append(count(message, "num_output_tokens"))
@@ -280,12 +286,12 @@ def _take(payload: bytes, arrival: int, record: Record) -> None:
         record.tokens_in = count(message, "num_input_tokens")
     if "error" in message:
         raise RequestError("server_error", f"{message['error']} (after {record.tokens_out} tokens)")
+    return message
 
 
 def _take_and_keep(payload: bytes, arrival: int, record: Record) -> None:
-    """`_take`, and the text and token ids too; parsed twice, for accuracy mode has time."""
-    _take(payload, arrival, record)
-    message = decode(payload.decode("utf-8", "replace"))
+    """`_take`, and the text and token ids too."""
+    message = _take(payload, arrival, record)
     ids = message.get("output_ids")
     record.answer = record.answer or Answer()
     record.answer.text.append(str(message.get("text_output") or ""))

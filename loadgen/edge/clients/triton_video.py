@@ -11,7 +11,7 @@ import binascii
 from typing import Any
 
 from loadgen.core.record import KeptClip, Phase, Record
-from loadgen.edge.clients.triton_http import RequestError, TritonHttp, count, decode
+from loadgen.edge.clients.triton_http import RequestError, TritonHttp, count, read_event
 
 KEPT_CLIPS = 4
 MAX_SHEET_BYTES = 1 << 20  # of one contact sheet; a larger one is not kept
@@ -31,12 +31,7 @@ class TritonVideo(TritonHttp):
 
 def take_video(payload: bytes, arrival: int, record: Record) -> None:
     """Add one event to its row. Raises RequestError on an error event, or one that is not what the model sends."""
-    try:
-        message = decode(payload.decode("utf-8", "replace"))
-    except (ValueError, RecursionError) as error:
-        raise RequestError("malformed", f"{error} in event {payload[:120]!r}") from error
-    if type(message) is not dict:
-        raise RequestError("malformed", f"an event is not a JSON object: {payload[:120]!r}")
+    message = read_event(payload)
     if "error" in message:
         raise RequestError("server_error", f"{message['error']} (after {len(record.chunk_ns)} responses)")
     frames = count(message, "num_output_frames") if "num_output_frames" in message else 0
