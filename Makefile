@@ -24,7 +24,7 @@ bench: setup
 # Tests that measure time have the machine to themselves, the others share it. With ARGS: those that they choose.
 test: setup
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal -m "not alone and ($(TESTS))"
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile -m "not alone and ($(TESTS))"
 	$(BIN)/python -m pytest -m "alone and ($(TESTS))"
 else
 	$(BIN)/python -m pytest $(ARGS)
