@@ -21,8 +21,8 @@ def tokenizer(repository):
     return Tokenizer.from_file(str(repository / "phi-2-tiny/1/weights/tokenizer.json"))
 
 
-def test_manifest_is_true(repository):
-    folder = repository / "phi-2-tiny"
+def test_manifest_is_true(tmp_path):
+    folder = export_model("phi-2-tiny", out=tmp_path)
     manifest = layout.read_manifest(folder)
     on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert set(manifest["files"]) == on_disk - {"manifest.json"}
