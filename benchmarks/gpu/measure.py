@@ -87,8 +87,7 @@ class Campaign:
                               ready_timeout_s=model["load_s"]) as server:  # fmt: skip
                 self.note(**titles, load_s=round(time.monotonic() - started, 1), memory_mib=memory())
                 if self.options.verify:
-                    folder = self.options.repository / model["backend"] / model["name"]
-                    self.note(**titles, verified=check_served(folder, server.http_url).line)
+                    self.note(**titles, verified=check_served(server.repository / model["name"], server.http_url).line)
                 codes = [
                     self._load(server, model, words.split())
                     for _ in range(repeats) for words in model["runs"] if not self.late
@@ -109,8 +108,8 @@ class Campaign:
         if self.probe.is_file():
             command += ["--gpu-probe", str(self.probe)]
         if model["prompts"] == "synthetic":
-            folder = self.options.repository / model["backend"] / model["name"]
-            command += ["--prompts", "synthetic", "--tokenizer", str(folder / "1" / "weights" / "tokenizer.json")]
+            tokenizer = server.repository / model["name"] / "1" / "weights" / "tokenizer.json"
+            command += ["--prompts", "synthetic", "--tokenizer", str(tokenizer)]
         print("$", " ".join(command[2:]), flush=True)
         return subprocess.run(command, check=False).returncode
 
