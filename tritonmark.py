@@ -30,7 +30,7 @@ from loadgen.edge.store import Run
 
 CALIBRATION = {"scenario": "concurrency", "concurrency": 16, "run_time": "4s", "warmup": 16}
 SERVER_SHARE = 0.6  # of the calibrated throughput: busy, and with room for Poisson bursts
-OFFLINE_SHARE = 1.5  # of it: larger batches are faster than 16, and with too few samples Offline ends before its least time
+OFFLINE_SHARE = 1.5  # of it: batches of more than 16 are faster, and too few samples end before Offline's least time
 BENCH_SCENARIOS = ("single_stream", "server", "offline")
 
 
@@ -94,8 +94,8 @@ def run_bench(
         capacity = calibrated(ceiling.run)
         launched = []
         for name in names:
-            rate = {"server": target_qps or round(SERVER_SHARE * capacity, 2), "offline": round(OFFLINE_SHARE * capacity, 2)}
-            rate["interactive"] = rate["server"]
+            rate = {"server": target_qps or round(SERVER_SHARE * capacity, 2)}
+            rate |= {"interactive": rate["server"], "offline": round(OFFLINE_SHARE * capacity, 2)}
             options = common | {
                 "scenario": name,
                 "run_time": run_time,

@@ -48,6 +48,7 @@ def test_bench_ends_with_three_sealed_runs_a_table_and_a_page(tmp_path):
         assert run.summary["tokens_out"] == 64 * run.summary["completed"] > 0
         assert "not MLPerf length" in run.document["verdict"]["headline"] or not run.valid
         assert str(run.folder) in done.stdout
+        assert "min_duration" not in [reason["code"] for reason in run.document["verdict"]["reasons"]]
     for word in ("TTFT", "TPOT", "E2E", "tokens/s", "synthetic"):
         assert word in done.stdout
     page = (tmp_path / "r" / "report.html").read_text()
