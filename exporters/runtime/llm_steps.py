@@ -9,6 +9,7 @@ graph for a few batch sizes and prompt lengths; decode steps are compiled too (l
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import llm_paged
@@ -145,7 +146,7 @@ class Steps:
             start = cut + 2 * count + row * self.table_pages
             sheet[start : start + len(pages)] = pages
         self._send(sheet, self._packed)
-        logits, tokens = self._launch(("prompts", count, length), lambda: self._run_prompts(count, length))
+        logits, tokens = self._launch(("prompts", count, length))
         return self._finish(logits, tokens, [slot for slot, _, _ in batch], choose)
 
     def decode(self, slots: list[int], choose: Callable | None = None) -> Launched:
@@ -154,7 +155,7 @@ class Steps:
         sheet = np.full(count, self.slots, dtype=np.int32)
         sheet[: len(slots)] = slots
         self._send(sheet, self.rows)
-        logits, tokens = self._launch(("decode", count), lambda: self._run_decode(count))
+        logits, tokens = self._launch(("decode", count))
         return self._finish(logits, tokens, slots, choose)
 
     def fit(self, longest: int, count: int) -> tuple[int, int] | None:
@@ -168,10 +169,9 @@ class Steps:
         host.numpy()[:] = sheet
         target[: len(sheet)].copy_(host, non_blocking=True)
 
-    def _launch(self, key: tuple, run: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+    def _launch(self, key: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.cuda:
-            with self._layers_for(key[0]):
-                return run()
+            return self._step(key)
         graph, answer = self._graphs[key]
         graph.replay()
         return answer
@@ -193,36 +193,51 @@ class Steps:
 
     def warm_up(self, tell: Callable[[str], None]) -> None:
         """Compile and capture every shape; `tell` gets a line before each part."""
-        jobs = [("prompts", *shape) for shape in reversed(self.shapes)] + [
-            ("decode", n) for n in reversed(self.batches)
-        ]
+        # Prompts all run before any is captured: the graphs' pool keeps the room of the largest, and a run beside it
+        # would take as much again. Decode steps are captured one by one, each as it was just compiled.
+        prompts = [("prompts", *shape) for shape in reversed(self.shapes)]
+        groups: list[list[tuple]] = [*([("decode", n)] for n in reversed(self.batches)), prompts]
         if not self.cuda:  # nothing to capture; compiled code serves every size
-            jobs = [("prompts", 1, SHORTEST), ("decode", self.batches[0])]
-        for number, job in enumerate(jobs, 1):
-            tell(f"warming up {number} of {len(jobs)}: {' '.join(map(str, job))}")
-            self._packed.zero_()
-            self._packed[job[1] * job[-1] :][: job[1]] = 1  # lengths of prompts
-            run = self._run_prompts if job[0] == "prompts" else self._run_decode
-            with self._layers_for(job[0]):
-                if self.cuda:
-                    self._graphs[job] = self._capture(lambda run=run, job=job: run(*job[1:]))
-                else:
-                    run(*job[1:])
+            groups = [[("prompts", 1, SHORTEST)], [("decode", self.batches[0])]]
+        count, numbers = sum(map(len, groups)), itertools.count(1)
+        for group in groups:
+            for job in group:
+                tell(f"warming up {next(numbers)} of {count}: {' '.join(map(str, job))}")
+                self._run_scratch(job)
+            if self.cuda:
+                self._graphs |= {job: self._capture(job) for job in group}
         self.tables.zero_()
         self.lengths.zero_()
 
-    def _capture(self, run: Callable):
+    def _run_scratch(self, job: tuple) -> None:
+        """Run `job` on the scratch slot: compiles what is to be compiled. Twice, on a stream of its own, as capturing
+        asks for."""
+        self._set_scratch(job)
+        if not self.cuda:
+            self._step(job)
+            return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                run()
+                self._step(job)
         torch.cuda.current_stream().wait_stream(side)
+
+    def _capture(self, job: tuple):
+        self._set_scratch(job)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            answer = run()
+            answer = self._step(job)
         self._pool = self._pool or graph.pool()
         return graph, answer
+
+    def _set_scratch(self, job: tuple) -> None:
+        self._packed.zero_()
+        self._packed[job[1] * job[-1] :][: job[1]] = 1  # lengths of prompts
+
+    def _step(self, job: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._layers_for(job[0]):
+            return (self._run_prompts if job[0] == "prompts" else self._run_decode)(*job[1:])
 
     @contextlib.contextmanager
     def _layers_for(self, kind: str):
