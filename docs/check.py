@@ -62,6 +62,8 @@ def generations() -> str:
     named = set(RUN_ID.findall((ROOT / "docs" / "generations.md").read_text(encoding="utf-8")))
     folders = sorted(str(p.parent) for p in (ROOT / "results").rglob("run.json") if p.parent.name in named)
     done = CliRunner().invoke(tritonmark.cli, ["compare", *folders, "--format", "markdown"])
+    if done.exit_code:
+        raise SystemExit(f"docs/generations.md: {done.output}{done.exception}")
     return done.output.strip()
 
 

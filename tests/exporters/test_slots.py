@@ -195,6 +195,23 @@ def test_buckets_and_shapes_cover_everything(runtime):
     assert (8, 32) in shapes and (1, 1000) in shapes
 
 
+def test_no_prompt_runs_beside_the_pool_of_captured_prompts(runtime, monkeypatch):
+    """The order on CUDA, which cannot run here: decode steps one by one, then all prompts, then their graphs."""
+    steps = runtime("llm_steps").Steps(small("llama"), "cpu", 4, 5, 128, 96, compile_decode=False)
+    done = []
+    monkeypatch.setattr(steps, "cuda", True)
+    monkeypatch.setattr(steps, "_run_scratch", lambda job: done.append(("run", job)))
+    monkeypatch.setattr(steps, "_capture", lambda job: done.append(("capture", job)))
+    steps.warm_up(lambda text: None)
+    decode, prompts = (
+        [("decode", n) for n in reversed(steps.batches)],
+        [("prompts", *s) for s in reversed(steps.shapes)],
+    )
+    expected = [(kind, job) for job in decode for kind in ("run", "capture")]
+    assert done == expected + [(kind, job) for kind in ("run", "capture") for job in prompts]
+    assert set(steps._graphs) == {*decode, *prompts}
+
+
 @pytest.fixture(params=["torch-compile"])
 def engine_process(request, runtime, tmp_path, monkeypatch):
     """`connect()` is a model instance's link to one engine process on phi-2-tiny; the first one starts it."""
