@@ -189,8 +189,8 @@ class SlotEngine:
 def _prompt_bytes(config, settings: dict) -> int:
     """What the longest step of prompts needs beside weights and cache: its widest activations, of which the gate, what
     it opens and their product are there at once in 16 bit, and with 8-bit weights the product once more in 32. Twice,
-    since the rest of the step and what the graphs' pool cannot reuse came to 1.8 times that on an H100 (Llama-3-70B
-    in fp8, 8,192 tokens: 2.2 GiB by this sum, 3.4 in the pool and 3.9 in a run)."""
+    for the rest of the step and for blocks that cannot be reused: on an H100 Llama-3-70B in fp8 took at least 3.8 GiB
+    for 8,192 tokens, and its graphs' pool kept 3.4, where this sum says 2.2."""
     width = config.intermediate_size * getattr(config, "num_experts_per_tok", 1)
     return 2 * max(settings["max_batch_tokens"], settings["max_context"]) * width * (3 * 2 + 4)
 
