@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F  # noqa: N812 (the name that torch's own documentation uses)
 
 PARALLEL_BLOCKS = ("phi",)  # model types whose attention and MLP read the same input and are added up
@@ -46,6 +47,22 @@ def compile_layers(model: torch.nn.Module, cuda: bool) -> list[Callable]:
     side = torch.cuda.Stream()
     add = torch.compile(lambda attended, fed, residual: attended + fed + residual, **settings)
     return [_parallel(layer, side, add, settings) for layer in layers]
+
+
+def compile_prompts(model: torch.nn.Module, backend: str | Callable = "inductor") -> list[Callable]:
+    """As compile_layers, for prompts: compiled once for several prompts of any length, and once for a lone one."""
+    return [_any_length(torch.compile(layer.forward, dynamic=True, backend=backend)) for layer in model.model.layers]
+
+
+def _any_length(compiled: Callable) -> Callable:
+    """Sizes that are equal count as different ones: a first prompt as long as the model is wide is compiled for others
+    too."""
+
+    def forward(*positional, **named):
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            return compiled(*positional, **named)
+
+    return forward
 
 
 def compile_head(choose: Callable, cuda: bool) -> Callable:

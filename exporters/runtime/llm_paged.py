@@ -1,8 +1,8 @@
 """A paged KV cache and the attention over it, put under transformers' own model classes. Runs inside Triton; imports
 nothing of this project.
 
-`install(model, ...)` gives every attention layer its pages and registers one attention function for all of them. Two
-kinds of call reach it:
+`install` registers one attention function for all layers, `give_pages` gives each layer its pages. Two kinds of call reach
+that function:
 - prompts (`pages` given): plain causal attention within each row of a right-padded batch; keys and values go to the
   pages named for each token. Padding lies to the right, where causal attention never looks, and is stored on page 0,
   which belongs to nobody.
@@ -19,8 +19,8 @@ NAME = "tritonmark_paged"
 PAGE = 32  # tokens in one page: one tile of the kernel
 
 
-# The cache is written inside the operator, although its schema says that it changes nothing: a declared mutation makes
-# the compiler consider copies of the whole cache. Safe, since nothing but this operator reads the pages of its layer.
+# The cache is written inside the operators, although their schemas say that they change nothing: a declared mutation makes
+# the compiler consider copies of the whole cache. Safe, since nothing but them touches the pages of a layer.
 @torch.library.custom_op("tritonmark::decode_attention", mutates_args=())
 def decode_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
@@ -51,28 +51,35 @@ def _(query, key, value, keys, values, tables, positions, scale):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("tritonmark::prompt_attention", mutates_args=())
+def prompt_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    pages: torch.Tensor, places: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """[B, T, heads, D] of causal attention within each row of `query` [B, heads, T, D]; `key` and `value` go to the place
+    in the page that `pages`, `places` [B, T] name for each token."""
+    keys[pages, :, places] = key.transpose(1, 2)
+    values[pages, :, places] = value.transpose(1, 2)
+    answer = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return answer.transpose(1, 2).contiguous()
+
+
+@prompt_attention.register_fake
+def _(query, key, value, keys, values, pages, places, scale):
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+
+
 def attention(
     module, query, key, value, attention_mask, scaling=None, tables=None, positions=None, pages=None, places=None, **_
 ):
     """transformers' attention interface: `query` [B, heads, T, D] in, ([B, T, heads, D], None) out."""
-    if tables is not None:
-        out = decode_attention(
-            query[:, :, 0],
-            key[:, :, 0],
-            value[:, :, 0],
-            module.key_pages,
-            module.value_pages,
-            tables,
-            positions,
-            scaling,
-        )
-        return out[:, None], None
-    module.key_pages[pages, :, places] = key.transpose(1, 2)
-    module.value_pages[pages, :, places] = value.transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return out.transpose(1, 2), None
+    cache = module.key_pages, module.value_pages
+    if tables is None:
+        return prompt_attention(query, key, value, *cache, pages, places, scaling), None
+    out = decode_attention(query[:, :, 0], key[:, :, 0], value[:, :, 0], *cache, tables, positions, scaling)
+    return out[:, None], None
 
 
 class RotaryTable(torch.nn.Module):
@@ -99,15 +106,20 @@ def head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def install(model: torch.nn.Module, pages: int, max_context: int) -> None:
-    """Give every layer `pages` pages (page 0 is scratch) and route its attention here. Context in tokens."""
+def install(model: torch.nn.Module, max_context: int) -> None:
+    """Route every layer's attention here, over no more than the scratch page so far. Context in tokens."""
     AttentionInterface.register(NAME, attention)
     decoder = model.model
-    weight = decoder.embed_tokens.weight
+    decoder.rotary_emb = RotaryTable(decoder.rotary_emb, max_context, decoder.embed_tokens.weight)
+    model.set_attn_implementation(NAME)
+    give_pages(model, 1)
+
+
+def give_pages(model: torch.nn.Module, pages: int) -> None:
+    """Make the cache of every layer, `pages` pages long (page 0 is scratch), in place of the one it had."""
+    weight = model.model.embed_tokens.weight
     shape = (pages, model.config.num_key_value_heads, PAGE, head_size(model.config))
-    for layer in decoder.layers:
+    for layer in model.model.layers:
         for name in ("key_pages", "value_pages"):
             # Zeros, since a kernel multiplies what it masks: garbage could be NaN.
             layer.self_attn.register_buffer(name, weight.new_zeros(shape), persistent=False)
-    decoder.rotary_emb = RotaryTable(decoder.rotary_emb, max_context, weight)
-    model.set_attn_implementation(NAME)

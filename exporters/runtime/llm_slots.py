@@ -55,23 +55,24 @@ class SlotEngine:
         model = load_model(folder, settings, device).eval()
         model.requires_grad_(False)
         slots, context = settings["max_sequences"], settings["max_context"]
-        self._pages = _count_pages(model, settings, device)
-        self._free_pages = list(range(self._pages - 1, 0, -1))  # page 0 is scratch
-        self._free_slots = list(range(slots - 1, -1, -1))
         compiled = can_compile(device)
         if not compiled:
-            tell("decode steps run uncompiled: no C++ compiler (g++) or no Python.h (python3-dev) was found")
+            tell("steps run uncompiled: no C++ compiler (g++) or no Python.h (python3-dev) was found")
+        with torch.inference_mode():
+            self._steps = Steps(model, device, slots, context, settings["max_batch_tokens"], compiled)
+            self._pages = _count_pages(self._steps, settings, tell)
+            self._steps.give_pages(self._pages)
+            self._steps.warm_up(tell)
+            if self._steps.cuda:
+                tell(f"{torch.cuda.mem_get_info(self._steps.device)[0] / 2**30:.1f} GiB of the device stay free")
+        self._free_pages = list(range(self._pages - 1, 0, -1))  # page 0 is scratch
+        self._free_slots = list(range(slots - 1, -1, -1))
         self._waiting: deque[Sequence] = deque()
         self._active: dict[Sequence, None] = {}  # a set that keeps its order
         self._flights: deque[tuple[Launched, list[Sequence]]] = deque()
         self._known: dict = {}
         self._news = threading.Condition()
         self._stopping = False
-        with torch.inference_mode():
-            self._steps = Steps(
-                model, device, slots, self._pages, context, settings["max_batch_tokens"], compile_decode=compiled
-            )
-            self._steps.warm_up(tell)
         gc.collect()
         gc.freeze()  # weights and modules never become garbage; later collections skip them
 
@@ -186,26 +187,19 @@ class SlotEngine:
         self._deliver(outputs, self.occupancy())
 
 
-def _prompt_bytes(config, settings: dict) -> int:
-    """What the longest step of prompts needs beside weights and cache: its widest activations, of which the gate, what
-    it opens and their product are there at once in 16 bit, and with 8-bit weights the product once more in 32. Twice,
-    for the rest of the step and for blocks that cannot be reused: on an H100 Llama-3-70B in fp8 took at least 3.8 GiB
-    for 8,192 tokens, and its graphs' pool kept 3.4, where this sum says 2.2."""
-    width = config.intermediate_size * getattr(config, "num_experts_per_tok", 1)
-    return 2 * max(settings["max_batch_tokens"], settings["max_context"]) * width * (3 * 2 + 4)
-
-
-def _count_pages(model, settings: dict, device: str) -> int:
-    """Pages of the cache, scratch included, from `kv_tokens` or the share of free device memory."""
+def _count_pages(steps: Steps, settings: dict, tell: Callable[[str], None]) -> int:
+    """Pages of the cache, scratch included, from `kv_tokens` or the share of the device memory that steps leave free."""
     tokens = settings["kv_tokens"]
     if not tokens:
-        if not device.startswith("cuda"):
+        if not steps.cuda:
             raise ValueError("config.pbtxt: parameter kv_tokens must be set on a CPU")
+        taken = steps.prompt_bytes(tell)
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(torch.device(device))
-        free = max(0, free - _prompt_bytes(model.config, settings))
-        size = llm_paged.token_bytes(model.config, model.model.embed_tokens.weight.dtype)
+        free, _ = torch.cuda.mem_get_info(steps.device)
+        free = max(0, free - taken)
+        size = llm_paged.token_bytes(steps.model.config, steps.model.model.embed_tokens.weight.dtype)
         tokens = int(free * settings["kv_memory_share"]) // size
+        tell(f"cache of {tokens} tokens; {taken / 2**30:.1f} GiB are left for the longest prompts")
         if tokens < settings["max_context"]:
             raise ValueError(
                 f"{free / 2**30:.1f} GiB are free after the weights and the longest prompt: room for {tokens} tokens of"

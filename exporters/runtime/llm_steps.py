@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import llm_paged
 import numpy as np
 import torch
-from llm_compile import compile_head, compile_layers
+from llm_compile import compile_head, compile_layers, compile_prompts
 from llm_paged import PAGE
 
 SHORTEST = 32  # tokens of the smallest prompt bucket
@@ -54,11 +54,9 @@ class Launched:
 
 
 class Steps:
-    """`model` ready to run up to `slots` sequences over `pages` pages; slot number `slots` is scratch, like page 0."""
+    """`model` made to run up to `slots` sequences at once; slot number `slots` is scratch, like page 0."""
 
-    def __init__(
-        self, model, device: str, slots: int, pages: int, max_context: int, prompt_tokens: int, compile_decode: bool
-    ) -> None:
+    def __init__(self, model, device: str, slots: int, max_context: int, prompt_tokens: int, compiled: bool) -> None:
         self.model, self.device, self.slots = model, torch.device(device), slots
         self.cuda = self.device.type == "cuda"
         self.table_pages = -(-max_context // PAGE)
@@ -66,7 +64,7 @@ class Steps:
         # One sequence alone would be a compile of its own; it pays off on CUDA only.
         self.batches = [size for size in buckets(slots) if size > 1 or self.cuda or slots == 1]
         self.max_context = max_context
-        llm_paged.install(model, pages, max_context)
+        llm_paged.install(model, max_context)
         integer = {"dtype": torch.int64, "device": self.device}
         self.tokens = torch.zeros(slots + 1, **integer)
         self.lengths = torch.zeros(slots + 1, **integer)
@@ -81,12 +79,15 @@ class Steps:
         self._turn = 0
         self._graphs: dict = {}
         self._pool = None
-        self._layers = [(layer, layer.forward) for layer in model.model.layers]
+        self._side = torch.cuda.Stream() if self.cuda else None
+        self._plain = [layer.forward for layer in model.model.layers]
+        self._layers = {"prompts": self._plain, "decode": self._plain}
         self._head = self._choose
-        self._compiled: list[Callable] = []
-        if compile_decode:
-            self._compiled = compile_layers(model, self.cuda)
+        if compiled:
+            self._layers["decode"] = compile_layers(model, self.cuda)
             self._head = compile_head(self._choose, self.cuda)
+            if self.cuda:  # on a CPU each start would pay for it
+                self._layers["prompts"] = compile_prompts(model)
 
     # The steps themselves -------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class Steps:
             position_ids=span.expand(count, length),
             use_cache=False,
             pages=pages,
-            places=(span % PAGE).expand(count, length),
+            places=(span % PAGE).repeat(count, 1),  # in memory: the compiler would tell strides of 0 apart
         ).last_hidden_state
         logits, tokens = self._choose(hidden[self._span[:count], lengths - 1])
         self.tokens[slots] = tokens
@@ -189,7 +190,34 @@ class Steps:
             event.record()
         return Launched(host, event)
 
-    # Warming up -----------------------------------------------------------------------------------------------------
+    # Making ready ---------------------------------------------------------------------------------------------------
+
+    def prompt_bytes(self, tell: Callable[[str], None]) -> int:
+        """Device memory that steps may take beside weights and cache, in bytes: measured on the largest prompts, and the
+        logits that every graph keeps. On CUDA only. Prompts run uncompiled here, which takes no less."""
+        outputs = sum(self.batches) + sum(count for count, _ in self.shapes)
+        logits = outputs * self.model.lm_head.out_features * self.model.lm_head.weight.dtype.itemsize
+        return logits + max(self._run_alone(("prompts", *shape), tell) for shape in self._largest_shapes())
+
+    def _largest_shapes(self) -> list[tuple[int, int]]:
+        """Of each length the most prompts, if no other shape has more tokens."""
+        most = max(count * length for count, length in self.shapes)
+        return [(count, length) for count, length in self.shapes if 2 * count * length > most]
+
+    def _run_alone(self, job: tuple, tell: Callable[[str], None]) -> int:
+        """Bytes that the allocator takes while `job` runs with nothing kept from before."""
+        tell(f"measuring memory: {' '.join(map(str, job))}")
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._set_scratch(job)
+        self._run_prompts(*job[1:])
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_reserved(self.device) - before
+
+    def give_pages(self, pages: int) -> None:
+        """Make the cache, `pages` long with the scratch page."""
+        llm_paged.give_pages(self.model, pages)
 
     def warm_up(self, tell: Callable[[str], None]) -> None:
         """Compile and capture every shape; `tell` gets a line before each part."""
@@ -211,17 +239,16 @@ class Steps:
 
     def _run_scratch(self, job: tuple) -> None:
         """Run `job` on the scratch slot: compiles what is to be compiled. Twice, on a stream of its own, as capturing
-        asks for."""
+        asks for; always the same one, since the products' library keeps a work space for each stream it has seen."""
         self._set_scratch(job)
-        if not self.cuda:
+        if self._side is None:
             self._step(job)
             return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             for _ in range(2):
                 self._step(job)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
 
     def _capture(self, job: tuple):
         self._set_scratch(job)
@@ -241,14 +268,12 @@ class Steps:
 
     @contextlib.contextmanager
     def _layers_for(self, kind: str):
-        """Within the block the decoder layers are the compiled ones, if `kind` is decode."""
-        if kind != "decode" or not self._compiled:
-            yield
-            return
-        for (layer, _), fast in zip(self._layers, self._compiled, strict=True):
-            layer.forward = fast
+        """Within the block the decoder layers are those for `kind`, compiled if any is."""
+        layers = self.model.model.layers
+        for layer, forward in zip(layers, self._layers[kind], strict=True):
+            layer.forward = forward
         try:
             yield
         finally:
-            for layer, forward in self._layers:
+            for layer, forward in zip(layers, self._plain, strict=True):
                 layer.forward = forward

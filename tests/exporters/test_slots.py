@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torch._dynamo
 import transformers
 
 PROMPTS = [[7, 8, 9], list(range(1, 41)), [5] * 33, [3, 1, 4, 1, 5, 9, 2, 6], list(range(90, 60, -1))]
@@ -172,17 +173,36 @@ def test_a_cache_on_the_cpu_needs_a_size(slots):
 
 
 @pytest.mark.parametrize(("free", "tokens"), [(1_500_000, 2087), (800_000, 994), (221_920, None)])
-def test_the_cache_leaves_room_for_the_longest_prompt(runtime, monkeypatch, free, tokens):
-    """A token takes 2 (keys, values) x 2 layers x 2 heads x 8 numbers x 4 bytes; a prompt 2 x 128 x 64 x 10 bytes."""
+def test_the_cache_leaves_the_room_that_prompts_were_measured_to_take(runtime, monkeypatch, free, tokens):
+    """A token takes 2 (keys, values) x 2 layers x 2 heads x 8 numbers x 4 bytes."""
     module = runtime("llm_slots")
+    steps, said = runtime("llm_steps").Steps(small("llama"), "cpu", 4, 128, 96, compiled=False), []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
+    monkeypatch.setattr(steps, "cuda", True)
+    monkeypatch.setattr(steps, "prompt_bytes", lambda tell: 163_840)
     settings = SETTINGS | {"kv_tokens": 0, "kv_memory_share": 0.4}
     if tokens is None:
         with pytest.raises(ValueError, match="room for 90 tokens"):
-            module._count_pages(small("llama"), settings, "cuda:0")
+            module._count_pages(steps, settings, said.append)
         return
-    assert tokens == int((free - 2 * 128 * 64 * 10) * 0.4) // 256
-    assert module._count_pages(small("llama"), settings, "cuda:0") == -(-tokens // module.PAGE) + 1
+    assert tokens == int((free - 163_840) * 0.4) // 256
+    assert module._count_pages(steps, settings, said.append) == -(-tokens // module.PAGE) + 1
+    assert said == [f"cache of {tokens} tokens; 0.0 GiB are left for the longest prompts"]
+
+
+def test_what_prompts_take_is_measured_on_the_largest_of_each_length(runtime, monkeypatch):
+    steps = runtime("llm_steps").Steps(small("llama"), "cpu", 4, 128, 128, compiled=False)
+    assert steps.shapes == [(1, 32), (2, 32), (4, 32), (1, 64), (2, 64), (1, 128)]
+    ran, run, said = [], steps._run_prompts, []
+    monkeypatch.setattr(steps, "_run_prompts", lambda *shape: (ran.append(shape), run(*shape)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 1000 + 5000 * ran[-1][1])
+    logits = (sum(steps.batches) + 1 + 2 + 4 + 1 + 2 + 1) * 128 * 4
+    assert steps.prompt_bytes(said.append) == 5000 * 128 + logits
+    assert ran == [(4, 32), (2, 64), (1, 128)]
+    assert said == [f"measuring memory: prompts {count} {length}" for count, length in ran]
 
 
 def test_buckets_and_shapes_cover_everything(runtime):
@@ -197,7 +217,7 @@ def test_buckets_and_shapes_cover_everything(runtime):
 
 def test_no_prompt_runs_beside_the_pool_of_captured_prompts(runtime, monkeypatch):
     """The order on CUDA, which cannot run here: decode steps one by one, then all prompts, then their graphs."""
-    steps = runtime("llm_steps").Steps(small("llama"), "cpu", 4, 5, 128, 96, compile_decode=False)
+    steps = runtime("llm_steps").Steps(small("llama"), "cpu", 4, 128, 96, compiled=False)
     done = []
     monkeypatch.setattr(steps, "cuda", True)
     monkeypatch.setattr(steps, "_run_scratch", lambda job: done.append(("run", job)))
@@ -210,6 +230,27 @@ def test_no_prompt_runs_beside_the_pool_of_captured_prompts(runtime, monkeypatch
     expected = [(kind, job) for job in decode for kind in ("run", "capture")]
     assert done == expected + [(kind, job) for kind in ("run", "capture") for job in prompts]
     assert set(steps._graphs) == {*decode, *prompts}
+
+
+@pytest.mark.parametrize("kind", ["phi", "llama", "phimoe"])
+def test_prompts_of_all_shapes_are_compiled_twice_and_choose_the_same_tokens(runtime, kind):
+    """What CUDA runs, with a compiler that only traces: inductor would take half a minute here."""
+    steps = runtime("llm_steps").Steps(small(kind), "cpu", 4, 128, 128, compiled=False)
+    compiled = runtime("llm_compile").compile_prompts(steps.model, backend="aot_eager")
+    steps.give_pages(17)
+    batches = [[7], [9, 40], [20, 30, 31], [33, 60], [100], [5, 6, 7, 8]]
+    answers = []
+    torch._dynamo.reset()
+    twice = torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
+    with torch.inference_mode(), twice:
+        for layers in (steps._plain, compiled):
+            steps._layers["prompts"] = layers
+            batch = lambda lengths: [
+                (slot, [(slot + i) % 90 for i in range(n)], list(range(1 + 4 * slot, 5 + 4 * slot)))
+                for slot, n in enumerate(lengths)
+            ]
+            answers.append([steps.prompts(batch(lengths)).wait()[:] for lengths in batches])
+    assert answers[0] == answers[1]
 
 
 @pytest.fixture(params=["torch-compile"])
