@@ -1,8 +1,8 @@
 """A paged KV cache and the attention over it, put under transformers' own model classes. Runs inside Triton; imports
 nothing of this project.
 
-`install` registers one attention function for all layers, `give_pages` gives each layer its pages. Two kinds of call reach
-that function:
+`install` registers one attention function for all layers, `give_pages` gives each layer its pages. Two kinds of call
+reach that function:
 - prompts (`pages` given): plain causal attention within each row of a right-padded batch; keys and values go to the
   pages named for each token. Padding lies to the right, where causal attention never looks, and is stored on page 0,
   which belongs to nobody.
@@ -19,8 +19,8 @@ NAME = "tritonmark_paged"
 PAGE = 32  # tokens in one page: one tile of the kernel
 
 
-# The cache is written inside the operators, although their schemas say that they change nothing: a declared mutation makes
-# the compiler consider copies of the whole cache. Safe, since nothing but them touches the pages of a layer.
+# The cache is written inside the operators, although their schemas say that they change nothing: a declared mutation
+# makes the compiler consider copies of the whole cache. Safe, since nothing but them touches the pages of a layer.
 @torch.library.custom_op("tritonmark::decode_attention", mutates_args=())
 def decode_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
@@ -56,8 +56,8 @@ def prompt_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     pages: torch.Tensor, places: torch.Tensor, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """[B, T, heads, D] of causal attention within each row of `query` [B, heads, T, D]; `key` and `value` go to the place
-    in the page that `pages`, `places` [B, T] name for each token."""
+    """[B, T, heads, D] of causal attention within each row of `query` [B, heads, T, D]; `key` and `value` go where
+    `pages` and `places` within them, both [B, T], say for each token."""
     keys[pages, :, places] = key.transpose(1, 2)
     values[pages, :, places] = value.transpose(1, 2)
     answer = F.scaled_dot_product_attention(

@@ -188,7 +188,7 @@ class SlotEngine:
 
 
 def _count_pages(steps: Steps, settings: dict, tell: Callable[[str], None]) -> int:
-    """Pages of the cache, scratch included, from `kv_tokens` or the share of the device memory that steps leave free."""
+    """Pages of the cache, scratch included: from `kv_tokens`, or the share of the memory that steps leave free."""
     tokens = settings["kv_tokens"]
     if not tokens:
         if not steps.cuda:

@@ -232,6 +232,12 @@ def test_no_prompt_runs_beside_the_pool_of_captured_prompts(runtime, monkeypatch
     assert set(steps._graphs) == {*decode, *prompts}
 
 
+def prompt_rows(lengths):
+    """(slot, token ids, pages) for prompts of these lengths in slots 0, 1, ..., with four pages each."""
+    pages = [list(range(1 + 4 * slot, 5 + 4 * slot)) for slot in range(len(lengths))]
+    return [(slot, [(slot + i) % 90 for i in range(n)], pages[slot]) for slot, n in enumerate(lengths)]
+
+
 @pytest.mark.parametrize("kind", ["phi", "llama", "phimoe"])
 def test_prompts_of_all_shapes_are_compiled_twice_and_choose_the_same_tokens(runtime, kind):
     """What CUDA runs, with a compiler that only traces: inductor would take half a minute here."""
@@ -245,11 +251,7 @@ def test_prompts_of_all_shapes_are_compiled_twice_and_choose_the_same_tokens(run
     with torch.inference_mode(), twice:
         for layers in (steps._plain, compiled):
             steps._layers["prompts"] = layers
-            batch = lambda lengths: [
-                (slot, [(slot + i) % 90 for i in range(n)], list(range(1 + 4 * slot, 5 + 4 * slot)))
-                for slot, n in enumerate(lengths)
-            ]
-            answers.append([steps.prompts(batch(lengths)).wait()[:] for lengths in batches])
+            answers.append([steps.prompts(prompt_rows(lengths)).wait()[:] for lengths in batches])
     assert answers[0] == answers[1]
 
 
