@@ -194,7 +194,7 @@ class Steps:
 
     def prompt_bytes(self, tell: Callable[[str], None]) -> int:
         """Device memory, in bytes, that steps take beside weights and cache: what the largest prompts are measured
-        to take, and the logits that every graph keeps. On CUDA only. Prompts run uncompiled here, which takes no less."""
+        to take, and the logits that every graph keeps. On CUDA only. Prompts run uncompiled here: it takes no less."""
         outputs = sum(self.batches) + sum(count for count, _ in self.shapes)
         logits = outputs * self.model.lm_head.out_features * self.model.lm_head.weight.dtype.itemsize
         return logits + max(self._run_alone(("prompts", *shape), tell) for shape in self._largest_shapes())
