@@ -74,7 +74,9 @@ def export(
 ) -> None:  # fmt: skip
     """Write MODEL as a Triton model into a model repository."""
     started = time.monotonic()
-    build = Build(pp=pp, ep=ep, served_from=served_from, image=image, cache=build_cache, check=not no_check)
+    build = Build(
+        pp=pp, ep=ep, out=out, served_from=served_from, image=image, cache=build_cache, check=not no_check
+    )  # fmt: skip
     if dry_run:
         plan = plan_export(model, backend, weights, name=name, precision=precision, seed=seed, tp=tp, build=build)
         click.echo("\n".join(plan))
@@ -94,7 +96,7 @@ def export(
         reference=(REFERENCE_ANSWERS if verify or model.endswith("-tiny") else 0) if reference is None else reference,
         reference_prompts=reference_prompts,
         reference_clip=reference_clip,
-        on_progress=click.echo if backend == "tensorrtllm" else None,  # the others take seconds
+        on_progress=click.echo if backend.startswith("tensorrtllm") else None,  # the others take seconds
     )
     click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")
     if verify:

@@ -14,7 +14,7 @@ from exporters.catalogue import find_model
 from exporters.config_pbtxt import render
 from exporters.errors import UserError
 from exporters.reference import write_reference
-from exporters.registry import Build, Order, find_exporter, plan_of, precisions_of
+from exporters.registry import Build, Order, find_exporter, no_path, plan_of, precisions_of
 from exporters.video_reference import parse_clip
 
 TOOLS = ("tritonmark", "torch", "transformers", "tokenizers", "safetensors", "numpy", "diffusers", "av")
@@ -49,11 +49,12 @@ def export_model(
     """
     tell = on_progress or (lambda message: None)
     clip = parse_clip(reference_clip)
-    order = _check(model, backend, weights, name, precision, seed, device, tp, replace(build or Build(), tell=tell))
+    out = Path(out)
+    build = replace(build or Build(), tell=tell, out=out)
+    order = _check(model, backend, weights, name, precision, seed, device, tp, build)
     if clip and order.model.family != "video":
         raise UserError(f"--reference-clip is for video models, {model} is none; leave it out")
     export = find_exporter(order.model.family, backend)
-    out = Path(out)
     with layout.staged(out, order.name, force) as folder:
         version = folder / "1"
         version.mkdir()
@@ -92,7 +93,7 @@ def _check(
     entry = find_model(model)
     can = precisions_of(entry, backend)
     if not can:
-        raise UserError(f"{backend} has no path for {model}; choose another backend")
+        raise UserError(no_path(entry, backend))
     chosen = precision or can[0]
     if chosen not in can:
         raise UserError(f"{model} has no precision {chosen!r} for {backend}; choose one of: {', '.join(can)}")

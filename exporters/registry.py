@@ -26,12 +26,13 @@ PROVIDERS = ("exporters.llm", "exporters.video", "exporters.vllm", "exporters.te
 class Build:
     """How an export that compiles outside this process goes about it; other backends ignore most of it.
 
-    `served_from` is where the server will see the model repository, `image` a container image instead of the chosen
-    one, `cache` where finished steps of a build are kept, `check` whether the machine is looked at first.
+    `out` is the model repository, `served_from` where the server will see it, `image` a container image instead of the
+    chosen one, `cache` where finished steps of a build are kept, `check` whether the machine is looked at first.
     """
 
     pp: int = 1  # pipeline stages
     ep: int = 1  # groups that share the experts of a mixture
+    out: Path = Path("model_repository")
     served_from: str = "/models"
     image: str = ""
     cache: Path | None = None
@@ -58,6 +59,7 @@ Exporter = Callable[[Order, Path], ModelConfig]
 _exporters: dict[tuple[str, str], Exporter] = {}
 _precisions: dict[tuple[str, str], Callable[[Model], tuple[str, ...]]] = {}
 _planners: dict[tuple[str, str], Callable[[Order], list[str]]] = {}
+_reasons: dict[tuple[str, str], Callable[[Model], str]] = {}
 
 
 def _title(function: Exporter) -> str:
@@ -70,12 +72,14 @@ def exporter(
     *,
     precisions: Callable[[Model], tuple[str, ...]] | None = None,
     plan: Callable[[Order], list[str]] | None = None,
+    no_path: Callable[[Model], str] | None = None,
 ) -> Callable[[Exporter], Exporter]:
     """Register the decorated function for (family, backend). A second one for the same pair is a ValueError that
     names both, because otherwise the import order would decide which of them is used.
 
     `precisions` says what this backend can do with a model, the default first; without it, what the catalogue says.
-    `plan` gives the steps of an export as lines of text, without doing any."""
+    `plan` gives the steps of an export as lines of text, without doing any. `no_path` says why there are no precisions
+    of a model, and what to do instead."""
 
     def register(function: Exporter) -> Exporter:
         key = (family, backend)
@@ -89,6 +93,8 @@ def exporter(
             _precisions[key] = precisions
         if plan:
             _planners[key] = plan
+        if no_path:
+            _reasons[key] = no_path
         return function
 
     return register
@@ -114,6 +120,12 @@ def precisions_of(model: Model, backend: str) -> tuple[str, ...]:
     find_exporter(model.family, backend)
     choose = _precisions.get((model.family, backend))
     return choose(model) if choose else model.precisions
+
+
+def no_path(model: Model, backend: str) -> str:
+    """Why `model` has no precisions for `backend`."""
+    tell = _reasons.get((model.family, backend))
+    return tell(model) if tell else f"{backend} has no path for {model.name}; choose another backend"
 
 
 def plan_of(order: Order) -> list[str]:
