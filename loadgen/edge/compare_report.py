@@ -68,7 +68,7 @@ def _notes(found: Sequence[Table], done: Sequence[tuple[Table, Cell, list[Line]]
     for table in found:
         differing = {n: v for n, v in table.notes.items() if n in ("server", "driver", "host")}
         out += [f"{table.title}: {name} differs ({' or '.join(v)})" for name, v in differing.items()]
-        out += _capped(table) + _limited(table)
+        out += _capped(table) + _recoded(table) + _limited(table)
         if len(table.cells) == 1:
             out.append(f"{table.title}: only {table.cells[0].label}, nothing to compare it with")
     bases = {line.gain.basis for _, _, lines in done for line in lines if line.gain and line.figure.name != "energy"}
@@ -89,12 +89,23 @@ def _notes(found: Sequence[Table], done: Sequence[tuple[Table, Cell, list[Line]]
 
 def _capped(table: Table) -> list[str]:
     """The same GPU with another power limit is another machine."""
+    return [f"{table.title}: {gpu} ran with several power limits ({' or '.join(v)} W)"
+            for gpu, v in _mixed(table, "hardware", "power limit").items()]  # fmt: skip
+
+
+def _recoded(table: Table) -> list[str]:
+    """The same backend exported by another version of its code: a gain between such runs is not the GPU's alone."""
+    return [f"{table.title}: {backend} was served by different code ({' or '.join(v)})"
+            for backend, v in _mixed(table, "backend", "code").items()]  # fmt: skip
+
+
+def _mixed(table: Table, by: str, fact: str) -> dict[str, list[str]]:
+    """Values of `fact` among runs of one value of `by`, where there are several."""
     seen: dict[str, set[str]] = {}
     for cell in table.cells:
         for m in cell.repeats:
-            seen.setdefault(m.facts["hardware"], set()).add(m.facts["power limit"])
-    return [f"{table.title}: {gpu} ran with several power limits ({' or '.join(sorted(v))} W)"
-            for gpu, v in seen.items() if len(v) > 1]  # fmt: skip
+            seen.setdefault(m.facts[by], set()).add(m.facts[fact])
+    return {one: sorted(values) for one, values in seen.items() if len(values) > 1}
 
 
 def _limited(table: Table) -> list[str]:

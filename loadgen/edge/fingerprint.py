@@ -41,7 +41,8 @@ def fingerprint(run: Run) -> dict[str, str]:
         "host": _host(machine), "power limit": gpus[0].get("power_limit_w"),
         "clocks": f"{gpus[0].get('max_sm_mhz')} / {gpus[0].get('max_memory_mhz')} MHz" if gpus[0] else None,
         "client": _flat(client.get("versions") or {}), "client host": client.get("host"),
-        "tool versions": _tools(exported.get("tools")), "workers": client.get("workers"), "warmup": scenario.warmup,
+        "tool versions": _tools(exported.get("tools")), "code": exported.get("code"), "workers": client.get("workers"),
+        "warmup": scenario.warmup,
     }  # fmt: skip
     return {name: "none" if value is None else str(value) for name, value in facts.items()}
 

@@ -134,6 +134,19 @@ def test_what_may_matter_is_named(tmp_path):
     assert "H100 SXM ran with several power limits (350.00 or 700.00 W)" in notes and "driver differs" in notes
 
 
+def test_other_code_behind_one_backend_is_named(tmp_path):
+    exported = [{"model": "phi-2", "tp": "1", "seed": "0", "code": code} for code in ("aa11", "bb22", "aa11")]
+    runs = [
+        one(tmp_path, gpu, backend, document={"exported": about})
+        for (gpu, backend), about in zip(
+            [("A100", "torch-compile"), ("H100", "torch-compile"), ("H100", "torch-eager")], exported, strict=True
+        )
+    ]
+    notes = " ".join(build(runs).notes)
+    assert "single stream: torch-compile was served by different code (aa11 or bb22)" in notes
+    assert "torch-eager was served" not in notes
+
+
 def test_a_gpu_at_its_power_limit_is_named(tmp_path):
     devices = [{"device": "gpu0", "throttled": {"sw_power_cap": share}} for share in (0.05, 0.6)]
     runs = [one(tmp_path, "H100", b, document={"telemetry": {"devices": [d]}})
