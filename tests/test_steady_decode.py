@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "benchmarks" / "gpu" / "steady_decode.py"
-RUNS = ROOT / "benchmarks" / "gpu" / "runs" / "1x-nvidia-h100-80gb-hbm3" / "phi-2" / "torch-compile-bf16" / "concurrency"
+RUNS = (
+    ROOT / "benchmarks" / "gpu" / "runs" / "1x-nvidia-h100-80gb-hbm3" / "phi-2" / "torch-compile-bf16" / "concurrency"
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Tokens/s of steady decode in a sealed `concurrency` run: while every stream is between its first and its last token.
 
-    python benchmarks/gpu/steady_decode.py benchmarks/gpu/runs/1x-nvidia-h100-80gb-hbm3/phi-2/torch-compile-bf16/concurrency/*
+    python benchmarks/gpu/steady_decode.py results/1x-nvidia-h100-80gb-hbm3/phi-2/torch-compile-bf16/concurrency/*
 
 End to end, prompts take their share of the time; between them the server does nothing but decode. Counted are the times
 in which all streams decode for at least a quarter of a second, so that one step more or less at their ends is little.
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from loadgen.edge import store  # noqa: E402
+from loadgen.edge.errors import UserError  # noqa: E402
 
 LEAST_NS = 250_000_000
 
@@ -33,14 +34,14 @@ def spans(first_ns: np.ndarray, last_ns: np.ndarray, streams: int) -> list[tuple
 
 
 def steady(folder: Path) -> tuple[float, float]:
-    """Tokens/s of steady decode in the run, and the seconds in which that was so. Raises ValueError where there are none."""
+    """Tokens/s of steady decode in the run, and the seconds in which that was so. Raises ValueError without any."""
     run = store.load(folder)
     rows = pq.read_table(folder / "records.parquet", columns=["outcome", "first_ns", "chunk_ns", "chunk_tokens"])
     rows = rows.filter(np.array([outcome == "ok" for outcome in rows["outcome"].to_pylist()]))
     last = np.array([times[-1].as_py() for times in rows["chunk_ns"]])
     found = spans(rows["first_ns"].to_numpy(), last, run.scenario.concurrency)
     if not found:
-        raise ValueError(f"{folder}: its {run.scenario.concurrency} streams never all decoded for a quarter of a second")
+        raise ValueError(f"{folder}: never did its {run.scenario.concurrency} streams all decode for a quarter second")
     times = rows["chunk_ns"].combine_chunks().flatten().to_numpy()
     tokens = rows["chunk_tokens"].combine_chunks().flatten().to_numpy()
     made = sum(int(tokens[(times > start) & (times <= end)].sum()) for start, end in found)
@@ -50,7 +51,11 @@ def steady(folder: Path) -> tuple[float, float]:
 
 def main() -> int:
     for name in sys.argv[1:]:
-        rate, seconds = steady(Path(name))
+        try:
+            rate, seconds = steady(Path(name))
+        except (ValueError, UserError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         print(f"{rate:,.0f} tokens/s in {seconds:.1f} s of steady decode  {name}")
     return 0
 
