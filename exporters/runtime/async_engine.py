@@ -16,6 +16,8 @@ from llm_request import Output, Prompt
 
 WARM_UP = ((8, 4), (128, 4), (512, 4))  # (prompt tokens, new tokens): the first real request must not pay for these
 LOOK_S = 0.25
+GIVEN_UP = ("abort", "error", "cancelled", "timeout")  # finish reasons of requests that failed in the library
+Made = tuple[list[int], bool, str | None]  # new token ids, whether they are the last, and then why
 
 
 class AsyncEngine:
@@ -43,8 +45,8 @@ class AsyncEngine:
         """Make the library's engine."""
         raise NotImplementedError
 
-    def generate(self, request_id: str, ids: list[int], prompt: Prompt) -> AsyncIterator[tuple[list[int], bool]]:
-        """New token ids and whether they are the last, as they come. Closing or cancelling it aborts the request."""
+    def generate(self, request_id: str, ids: list[int], prompt: Prompt) -> AsyncIterator[Made]:
+        """What is made, as it comes. Closing or cancelling it aborts the request."""
         raise NotImplementedError
 
     def failure(self) -> BaseException | None:
@@ -99,8 +101,9 @@ class AsyncEngine:
 
     async def _serve(self, request_id: str, ids: list[int], prompt: Prompt) -> None:
         try:
-            async for tokens, finished in self.generate(request_id, ids, prompt):
-                self._add(request_id, tokens, finished)
+            async for tokens, finished, reason in self.generate(request_id, ids, prompt):
+                error = f"the engine gave the request up: {reason}" if finished and reason in GIVEN_UP else None
+                self._add(request_id, tokens, finished, error)
         except asyncio.CancelledError:
             pass  # nobody waits for it any more
         except Exception as error:
@@ -116,8 +119,7 @@ class AsyncEngine:
         if known is None:
             self._made[request_id] = Output(request_id, list(tokens), finished, error)
         else:
-            known.tokens += tokens
-            known.finished, known.error = finished, error
+            known.add(tokens, finished, error)
 
     def _flush(self) -> None:
         made, self._made = self._made, {}

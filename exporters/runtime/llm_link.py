@@ -81,8 +81,7 @@ class RemoteEngine:
                     if known is None:
                         newest[output.request_id] = output
                     else:
-                        known.tokens += output.tokens
-                        known.finished = output.finished
+                        known.add(output.tokens, output.finished, output.error)
                 wait = 0.0
         except (EOFError, OSError):
             self._failure = self._failure or "the engine process has ended; its reason is in Triton's log"
@@ -206,7 +205,10 @@ class _Guests:
                 if kind == "submit":
                     with self._lock:
                         self._owner[request_id] = link
-                    engine.submit(request_id, *rest)
+                    try:
+                        engine.submit(request_id, *rest)
+                    except Exception as error:  # this request fails; the instance has others
+                        self.deliver([Output(request_id, [], True, f"{type(error).__name__}: {error}")], (0, 0, 0.0))
                 else:
                     engine.cancel(request_id)
                     with self._lock:

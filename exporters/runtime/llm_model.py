@@ -25,7 +25,7 @@ import numpy as np
 import tokenizers
 import torch
 import triton_python_backend_utils as pb_utils
-from llm_request import KINDS, Output, check_context, parse_prompt
+from llm_request import KINDS, Output, Prompt, check_context, parse_prompt
 from llm_settings import read_settings
 from llm_text import TextStream
 from request_fields import read_request
@@ -43,15 +43,16 @@ METRICS = (
 
 class OpenRequest:
     """One request between its arrival and its final response. `sending` is held while a response is handed to Triton:
-    one that came there behind the final response would find freed memory."""
+    one that came there behind the final response would find freed memory. `held` are the tokens so far of a request
+    that does not stream: it gets one response."""
 
-    __slots__ = ("prompt_tokens", "return_ids", "sender", "sending", "sent_tokens", "text")
+    __slots__ = ("held", "prompt", "prompt_tokens", "sender", "sending", "sent_tokens", "text")
 
-    def __init__(self, sender, tokenizer, prompt_tokens: int, return_ids: bool) -> None:
+    def __init__(self, sender, tokenizer, prompt_tokens: int, prompt: Prompt) -> None:
         self.sender, self.sending = sender, threading.Lock()
         self.text = TextStream(tokenizer)
-        self.prompt_tokens = prompt_tokens
-        self.return_ids = return_ids
+        self.prompt, self.prompt_tokens = prompt, prompt_tokens
+        self.held: list[int] = []
         self.sent_tokens = 0
 
 
@@ -104,7 +105,7 @@ class TritonPythonModel(DecoupledModel):
         with self._lock:
             if self._stopping or failure:
                 return refuse(sender, failure or "the model is being unloaded", pb_utils.TritonError.UNAVAILABLE)
-            self._open[request_id] = OpenRequest(sender, self.tokenizer, len(ids), prompt.return_token_ids)
+            self._open[request_id] = OpenRequest(sender, self.tokenizer, len(ids), prompt)
         self._count(tokens_in=len(ids))
         self._busy.set()
         if not self.engine.submit(request_id, ids, prompt) and self._close(request_id):  # else it had its final one
@@ -136,22 +137,30 @@ class TritonPythonModel(DecoupledModel):
         entry = self._close(output.request_id) if output.finished else self._open.get(output.request_id)
         if entry is None:
             return  # cancelled meanwhile
+        entry.held += output.tokens
         if output.error:
+            if entry.prompt.stream and entry.held:  # what was made before it failed
+                self._respond(entry, last=False)
             refuse(entry.sender, output.error, pb_utils.TritonError.INTERNAL)
-            return
-        entry.sent_tokens += len(output.tokens)
-        self._count(tokens_out=len(output.tokens))
-        new = entry.text.push(output.tokens, output.finished)
-        tensors = [text("text_output", new), number("num_output_tokens", len(output.tokens))]
-        if entry.return_ids and output.tokens:
-            tensors.append(pb_utils.Tensor("output_ids", np.array(output.tokens, dtype=np.int32)))
-        if output.finished:
-            reason = "stop" if output.tokens and output.tokens[-1] in self.engine.end_ids else "length"
+        elif output.finished:
+            self._respond(entry, last=True)
+        elif entry.prompt.stream:
+            with entry.sending:
+                if output.request_id in self._open:
+                    self._respond(entry, last=False)
+
+    def _respond(self, entry: OpenRequest, last: bool) -> None:
+        """Send the tokens that are held; with `last` also how the request ended."""
+        tokens, entry.held = entry.held, []
+        entry.sent_tokens += len(tokens)
+        self._count(tokens_out=len(tokens))
+        tensors = [text("text_output", entry.text.push(tokens, last)), number("num_output_tokens", len(tokens))]
+        if entry.prompt.return_token_ids and tokens:
+            tensors.append(pb_utils.Tensor("output_ids", np.array(tokens, dtype=np.int32)))
+        if last:
+            reason = "stop" if tokens and tokens[-1] in self.engine.end_ids else "length"
             tensors += _ending(reason, entry.prompt_tokens, entry.sent_tokens)
-        flags = FINAL if output.finished else 0
-        with entry.sending:
-            if output.finished or output.request_id in self._open:
-                entry.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+        entry.sender.send(pb_utils.InferenceResponse(tensors), flags=FINAL if last else 0)
 
     def _look(self) -> bool:
         self._drop_cancelled()

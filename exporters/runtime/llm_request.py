@@ -47,12 +47,17 @@ class Prompt:
 
 @dataclass(slots=True)
 class Output:
-    """What an engine made for one request since the last time: new token ids, or the reason why there are none."""
+    """What an engine made for one request since the last time: new token ids, and the reason why no more will come."""
 
     request_id: Any
     tokens: list[int]
     finished: bool
     error: str | None = None
+
+    def add(self, tokens: list[int], finished: bool, error: str | None) -> None:
+        """What was made after it, for a reader who gets both at once."""
+        self.tokens = self.tokens + tokens
+        self.finished, self.error = finished, error
 
 
 def parse_prompt(fields: dict[str, Any], default_max_tokens: int, max_context: int) -> Prompt:

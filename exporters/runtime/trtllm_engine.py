@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-from async_engine import AsyncEngine
+from async_engine import AsyncEngine, Made
 from llm_request import Prompt
 
 _MPI_JOB = ("OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "OMPI_MCA_orte_", "ORTE_", "PMIX_", "PMI_")
@@ -31,14 +31,15 @@ class TrtllmEngine(AsyncEngine):
         arguments["kv_cache_config"] = KvCacheConfig(**arguments["kv_cache_config"])
         self._llm = LLM(**arguments)
 
-    async def generate(self, request_id: str, ids: list[int], prompt: Prompt) -> AsyncIterator[tuple[list[int], bool]]:
+    async def generate(self, request_id: str, ids: list[int], prompt: Prompt) -> AsyncIterator[Made]:
         result = self._llm.generate_async(ids, sampling(prompt, self.end_ids), streaming=True)
         done, seen = False, 0
         try:
             async for output in result:
-                tokens = output.outputs[0].token_ids  # all so far
+                made = output.outputs[0]
+                tokens = made.token_ids  # all so far
                 done = output.finished
-                yield list(tokens[seen:]), done
+                yield list(tokens[seen:]), done, getattr(made, "finish_reason", None)
                 seen = len(tokens)
         finally:
             if not done:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from async_engine import AsyncEngine
+from async_engine import AsyncEngine, Made
 from llm_request import Prompt
 
 
@@ -23,10 +23,11 @@ class VllmEngine(AsyncEngine):
 
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[_gauge(self)])
 
-    async def generate(self, request_id: str, ids: list[int], prompt: Prompt) -> AsyncIterator[tuple[list[int], bool]]:
+    async def generate(self, request_id: str, ids: list[int], prompt: Prompt) -> AsyncIterator[Made]:
         parameters = sampling(prompt, self.end_ids)
         async for output in self._llm.generate({"prompt_token_ids": ids}, parameters, request_id):
-            yield list(output.outputs[0].token_ids), output.finished
+            made = output.outputs[0]
+            yield list(made.token_ids), output.finished, getattr(made, "finish_reason", None)
 
     def failure(self) -> BaseException | None:
         return self._llm.dead_error if self._llm.errored else None

@@ -213,3 +213,44 @@ def test_bad_request_is_answered_not_raised(model, fake_request):
     request = fake_request(max_tokens=3)
     model.execute([request])
     assert request.sender.responses[-1].error.code == "INVALID_ARG"
+
+
+@pytest.fixture
+def made_by_hand(model, fake_request, monkeypatch, runtime):
+    """`made_by_hand(stream)` is a request that no batch loop serves, and what hands `(tokens, finished, error)` out."""
+    monkeypatch.setattr(model.engine, "submit", lambda *_: True)
+    output = runtime("llm_request").Output
+
+    def make(stream):
+        request = fake_request(text_input="a", max_tokens=9, stream=stream, return_token_ids=True)
+        model.execute([request])
+        (request_id,) = model._open
+        return request.sender, lambda *made: model._send(output(request_id, *made))
+
+    return make
+
+
+def ids(response):
+    return next((list(t.as_numpy()) for t in response.tensors if t.name() == "output_ids"), [])
+
+
+def test_a_request_that_fails_midway_gets_its_tokens_and_then_the_error(made_by_hand):
+    sender, hand_out = made_by_hand(stream=True)
+    hand_out([5], False)
+    hand_out([6, 7], True, "CUDA out of memory")
+    assert [ids(response) for response in sender.responses] == [[5], [6, 7], []]
+    assert [r.error and r.error.message for r in sender.responses] == [None, None, "CUDA out of memory"]
+    assert sender.final == 1 and "finish_reason" not in values(sender.responses[1])
+
+
+def test_without_stream_there_is_one_response_however_tokens_come(made_by_hand):
+    sender, hand_out = made_by_hand(stream=False)
+    hand_out([5], False)
+    hand_out([6], True)
+    (response,) = sender.responses
+    assert ids(response) == [5, 6] and values(response)["finish_reason"] == b"length"
+    sender, hand_out = made_by_hand(stream=False)
+    hand_out([5], False)
+    hand_out([6], True, "CUDA out of memory")
+    (response,) = sender.responses
+    assert response.error.message == "CUDA out of memory" and sender.final == 1
