@@ -27,17 +27,32 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STYLES: dict[str, Callable] = {  # transformers' names of what to do with a layer
+LAYERS: dict[str, Callable] = {  # transformers' names of what to do with a layer
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
     "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
 }
+EXPERTS: dict[str, Callable] = {  # with a weight [experts, outputs, inputs]: rank `r` of `n` keeps ...
+    "packed_colwise": lambda weight, r, n: torch.cat([half.chunk(n, 1)[r] for half in weight.chunk(2, 1)], 1),
+    "rowwise": lambda weight, r, n: weight.chunk(n, 2)[r].clone(),  # a view would keep the whole
+}
+SUMMED = "moe_tp_experts"  # experts whose answers are parts of a sum over ranks
 WHOLE = ("embedding_rowwise",)  # may be shared out, and is cheap enough to keep whole
+# What transformers 5.17 leaves out of PhiMoE's plan. Its attention is whole on every rank in all versions.
+MISSING = {
+    "PhimoeForCausalLM": {
+        "model.layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "model.layers.*.mlp.experts.down_proj": "rowwise",
+        "model.layers.*.mlp.experts": SUMMED,
+    }
+}
 
 
 def lead(order: dict) -> list[subprocess.Popen]:
     """In rank 0, before the model is loaded: start the other ranks with the same `order` and watch them."""
     count = order["settings"]["tp"]
+    config = json.loads((Path(order["folder"]) / "config.json").read_text(encoding="utf-8"))
+    check_count(count, config, order["device"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,6 +69,19 @@ def lead(order: dict) -> list[subprocess.Popen]:
         others.append(process)
     threading.Thread(target=_watch, args=(others,), daemon=True).start()
     return others
+
+
+def check_count(count: int, config: dict, device: str) -> None:
+    """Raise ValueError, one line, where `count` ranks cannot have equal shares or no GPU each."""
+    heads = config["num_attention_heads"]
+    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
+        size = config.get(name) or heads
+        if size % count:
+            raise ValueError(f"{count} ranks cannot share {name} {size} equally; export with a --tp that divides it")
+    if device.startswith("cuda"):
+        first, there = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+        if first + count > there:
+            raise ValueError(f"{count} ranks from {device} on need as many GPUs, and {there} are there in all")
 
 
 def _watch(others: list[subprocess.Popen]) -> None:
@@ -92,24 +120,38 @@ class Sharder:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
         self._mesh = init_device_mesh(kind, (int(os.environ["WORLD_SIZE"]),), mesh_dim_names=("tp",))
         self._model = model
-        self._plan = model.tp_plan
-        unknown = sorted({style for style in self._plan.values() if style not in STYLES and style not in WHOLE})
+        self._plan = MISSING.get(type(model).__name__, {}) | model.tp_plan
+        known = {*LAYERS, *EXPERTS, *WHOLE, SUMMED}
+        unknown = sorted({style for style in self._plan.values() if style not in known})
         if unknown or not self._plan:
             raise ValueError(
                 f"{type(model).__name__} cannot be shared by tensor parallelism here"
                 f" (styles {', '.join(unknown) or 'none'}); export with --tp 1 or for vllm"
             )
+        for path, module in model.named_modules():
+            if self._style(path) == SUMMED:
+                module.register_forward_hook(_sum_over_ranks)
         model._device_mesh = self._mesh  # where transformers' batch loop looks for it
+
+    def _style(self, name: str) -> str | None:
+        return self._plan.get(re.sub(r"\d+", "*", name))
 
     def filled(self, name: str) -> None:
         """The parameter `name` has its values."""
-        path = name.rpartition(".")[0]
-        style = STYLES.get(self._plan.get(re.sub(r"\d+", "*", path)))
+        path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
+        if cut := EXPERTS.get(self._style(name)):
+            share = cut(getattr(module, leaf), self._mesh.get_local_rank(), self._mesh.size())
+            setattr(module, leaf, torch.nn.Parameter(share, requires_grad=False))
+        style = LAYERS.get(self._style(path))
         if style is not None and not any(weight.is_meta for weight in module.parameters(recurse=False)):
-            parallelize_module(
-                module, self._mesh, style(), src_data_rank=None
-            )  # every rank has the whole: send nothing
+            # Every rank has the whole: send nothing.
+            parallelize_module(module, self._mesh, style(), src_data_rank=None)
+
+
+def _sum_over_ranks(module: torch.nn.Module, inputs: tuple, part: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(part)
+    return part
 
 
 def main() -> None:

@@ -72,7 +72,16 @@ def test_compiled_answers_equal_plain_ones_from_two_instances(tmp_path):
     assert (folder / "1" / "compile-cache").is_dir()
 
 
-def test_two_ranks_answer_as_one_and_end_together(tmp_path):
+@pytest.mark.parametrize("name", ["phi-2-tiny", "phi-3.5-moe-tiny"])
+def test_two_ranks_answer_as_one(tmp_path, name):
+    folder = export_model(name, out=tmp_path, reference=4, tp=2)
+    rows = references(folder)
+    with TritonServer(tmp_path, ready_timeout_s=280) as server:
+        assert len(processes(server, "llm_ranks.py")) == 1
+        assert [answer(server, row) for row in rows] == [row["token_ids"] for row in rows]
+
+
+def test_two_ranks_of_llama_answer_as_one_and_end_together(tmp_path):
     folder = export_model("llama-3-70b-tiny", out=tmp_path, reference=4, tp=2)
     rows = references(folder)
     with TritonServer(tmp_path, ready_timeout_s=280) as server:
