@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from exporters.catalogue import Model, load_catalogue
-from exporters.gpus import GB, Fit, LocalGpu, fits, needed_bytes, weights_bytes
-from exporters.registry import backends_of, precisions_of
+from exporters.gpus import GB, Fit, Gpu, fits, needed_bytes, weights_bytes
+from exporters.registry import backends_of, no_path, precisions_of
 
 ROW = "{:<17} {:<6} {:>10}  {}"
+WIDTH, LABEL = 120, 30
+WITHOUT_GPU = "no GPU: the -tiny models run; larger ones only by `export --device cpu`, slowly, where memory holds them"
 
 
 def offered(model: Model) -> dict[str, tuple[str, ...]]:
@@ -19,51 +22,77 @@ def offered(model: Model) -> dict[str, tuple[str, ...]]:
     return {backend: precisions for backend, precisions in every.items() if precisions}
 
 
-def model_entry(model: Model, gpus: Sequence[LocalGpu]) -> dict[str, Any]:
-    """One model as data: its entry in the catalogue, computed sizes in bytes, and the fit of each precision."""
+def offered_fits(model: Model, gpus: Sequence[Gpu]) -> dict[str, list[Fit]]:
+    """{backend: what fits} of each precision that the backend has for a model."""
+    return {backend: fits(model, precisions, gpus, backend) for backend, precisions in offered(model).items()}
+
+
+def model_entry(model: Model, gpus: Sequence[Gpu]) -> dict[str, Any]:
+    """One model as data: its entry in the catalogue, computed sizes in bytes, the fit of each backend's precisions, and
+    why other backends have no path."""
+    backends = offered(model)
+    every = dict.fromkeys(precision for precisions in backends.values() for precision in precisions)
     return {
         **dataclasses.asdict(model),
         "max_context": model.max_context,
-        "backends": list(offered(model)),
-        "backend_precisions": offered(model),
-        "weights_bytes": {precision: weights_bytes(model, precision) for precision in model.precisions},
+        "backends": list(backends),
+        "backend_precisions": backends,
+        "no_path": {name: no_path(model, name) for name in backends_of(model.family) if name not in backends},
+        "weights_bytes": {precision: weights_bytes(model, precision) for precision in every},
         "kv_bytes_per_token": model.kv_bytes_per_token,
-        "fits": [dataclasses.asdict(one) for one in fits(model, model.precisions, gpus)],
+        "fits": [dataclasses.asdict(one) for found in offered_fits(model, gpus).values() for one in found],
     }
 
 
-def models_table(models: Sequence[Model], gpus: Sequence[LocalGpu]) -> list[str]:
-    """The catalogue as lines of text, each model followed by what fits here."""
+def models_table(models: Sequence[Model], gpus: Sequence[Gpu]) -> list[str]:
+    """The catalogue as lines of text, each model followed by what each backend can run here, and why not the rest."""
     lines = [f"GPU {gpu.name}: {gpu.free_bytes / GB:.1f} of {gpu.memory_bytes / GB:.1f} GB free" for gpu in gpus]
-    lines = lines or ["no GPU: only the -tiny models run here"]
+    lines = lines or [WITHOUT_GPU]
     lines += ["", ROW.format("model", "family", "parameters", "licence")]
     for model in models:
         licence = f"{model.licence}, gated" if model.gated else model.licence
         lines.append(ROW.format(model.name, model.family, _count(model.parameters), licence))
-        lines.append(f"    backends: {', '.join(offered(model))}")
-        lines += [f"    {_told(model, one)}" for one in _merged(fits(model, model.precisions, gpus))]
+        lines += _backend_lines(model, gpus)
     return lines
+
+
+def _backend_lines(model: Model, gpus: Sequence[Gpu]) -> list[str]:
+    """Backends with the same answers share lines."""
+    same: dict[tuple[str, ...], list[str]] = {}
+    found = offered_fits(model, gpus)
+    for backend in backends_of(model.family):
+        answers = _merged(model, found[backend]) if backend in found else [f"no, {no_path(model, backend)}"]
+        same.setdefault(tuple(answers), []).append(backend)
+    return [line for answers, backends in same.items() for line in _paragraph(", ".join(backends), answers)]
+
+
+def _paragraph(label: str, answers: Sequence[str]) -> list[str]:
+    """`label` beside the answers, or above them where it is too long."""
+    blank = " " * LABEL
+    lines = [line for answer in answers for line in textwrap.wrap(answer, WIDTH - LABEL, break_on_hyphens=False)]
+    above = [f"  {label}"] if len(label) > LABEL - 4 else []
+    first = blank if above else f"  {label}".ljust(LABEL)
+    return [*above, first + lines[0], *(blank + line for line in lines[1:])]
 
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def _merged(found: list[Fit]) -> list[Fit]:
-    """Precisions with the same answer in one: on a machine without GPUs, or for tiny models."""
-    same = {(one.fits, one.reason, one.note) for one in found}
-    if len(same) == 1 and (found[0].note or found[0].reason) and len(found) > 1:
-        return [dataclasses.replace(found[0], precision=", ".join(one.precision for one in found))]
-    return found
+def _merged(model: Model, found: list[Fit]) -> list[str]:
+    """Precisions with the same answer in one line, those that fit first."""
+    same: dict[str, list[str]] = {}
+    for one in sorted(found, key=lambda one: not one.fits):
+        same.setdefault(_told(model, one), []).append(one.precision)
+    return [f"{', '.join(precisions)}: {answer}" for answer, precisions in same.items()]
 
 
 def _told(model: Model, one: Fit) -> str:
     if not one.fits:
-        return f"{one.precision}: no ({one.reason})"
-    detail = [one.note] if one.note else []
-    if not model.tiny_of:
-        detail.insert(0, f"{one.needed_bytes / GB:.1f} GB" + (f" on each of {one.tp} GPUs" if one.tp > 1 else ""))
-    return f"{one.precision}: fits ({'; '.join(detail)})"
+        return f"no, {one.reason}"
+    shared = f" on each of {one.tp} GPUs (--tp {one.tp})" if one.tp > 1 else ""
+    detail = [] if model.tiny_of else [f"{one.needed_bytes / GB:.1f} GB{shared}"]
+    return "; ".join([*detail, one.note] if one.note else detail) or "fits"
 
 
 def catalogue_document() -> str:

@@ -12,25 +12,12 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.catalogue import Model
 from exporters.errors import UserError
+from exporters.gpus import Gpu, find_gpus
 
 GB = 1e9
 ROOM = 1.08  # weights, and as much again in percent for activations and the context that CUDA itself takes
-BYTES = {  # of one weight; embeddings and output layer stay in 16 bit where the rest is quantised
-    "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int8-sq": 1.0, "int4": 0.5, "int4-awq": 0.5,
-    "nvfp4": 0.5625,
-}  # fmt: skip
 PROBE_S = 20.0
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU: name, compute capability (`8.9`), memory in bytes."""
-
-    name: str
-    capability: float
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,16 +48,9 @@ class Needs:
     gated: bool
 
 
-def weight_bytes(model: Model, precision: str) -> float:
-    """Memory of the weights of a language model in `precision`."""
-    size = BYTES[precision]
-    ends = 2 * int(model.config["vocab_size"]) * int(model.config["hidden_size"])  # embedding and output layer
-    return (model.parameters - ends) * size + ends * max(size, 2.0)
-
-
 def problems(needs: Needs, machine: Machine) -> list[str]:
     """All that stands in the way, a line each; empty when nothing does."""
-    found = [f"docker cannot be used ({machine.docker}): the build runs in a container"] if machine.docker else []
+    found = [f"docker cannot be used ({machine.docker}): it runs in a container"] if machine.docker else []
     found += _gpu_problems(needs, machine)
     if machine.driver and _version(machine.driver) < _version(needs.least_driver):
         found.append(f"driver {machine.driver} is too old: the image needs {needs.least_driver}; update the driver")
@@ -117,18 +97,16 @@ def require(needs: Needs, machine: Machine) -> None:
 
 def probe(image: str, folder: Path) -> Machine:
     """Look at this machine. Nothing here fails: what cannot be found out counts as not there."""
-    query = "--query-gpu=name,compute_cap,memory.total,driver_version"
-    rows = [line.split(",") for line in _answer("nvidia-smi", query, "--format=csv,noheader,nounits").splitlines()]
-    rows = [[cell.strip() for cell in row] for row in rows if len(row) == 4]
-    gpus = tuple(
-        Gpu(name, float(capability), int(memory) << 20)
-        for name, capability, memory, _ in rows
-        if capability.replace(".", "", 1).isdigit() and memory.isdigit()
-    )
     docker = _docker_problem()
     present = not docker and bool(_answer("docker", "image", "inspect", "--format", "{{.Id}}", image))
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return Machine(gpus, rows[0][3] if rows else None, docker, present, shutil.disk_usage(existing).free, _has_token())
+    free = shutil.disk_usage(existing).free
+    return Machine(tuple(find_gpus()), _driver(), docker, present, free, _has_token())
+
+
+def _driver() -> str | None:
+    said = _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0].strip()
+    return said if said[:1].isdigit() else None
 
 
 def _docker_problem() -> str:

@@ -21,6 +21,8 @@ from exporters.errors import UserError
 from exporters.trtllm_plan import Step
 
 TELL_S = 30.0  # between two lines of progress of one step
+DOCKER_FAILED = 125  # the code of `docker run` for what went wrong before the command ran
+_HINTS = ("Run 'docker", "See 'docker")  # what docker's own messages end with
 
 
 def default_cache() -> Path:
@@ -29,18 +31,22 @@ def default_cache() -> Path:
     return Path(base) / "tritonmark" / "trtllm"
 
 
-@contextlib.contextmanager
-def work_folder(cache: Path, name: str, identity: Mapping[str, object]) -> Iterator[Path]:
-    """A folder for what `identity` describes, the same one the next time, held alone while the block runs."""
+def work_path(cache: Path, name: str, identity: Mapping[str, object]) -> Path:
+    """The folder for what `identity` describes, the same one each time; it need not exist."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder = (cache / f"{name}-{digest}").absolute()
+    return (cache.expanduser() / f"{name}-{digest}").absolute()
+
+
+@contextlib.contextmanager
+def work_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, made and held alone while the block runs."""
     try:
         for part in ("logs", "parts", "stamps"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
         raise UserError(
-            f"cannot write to {cache} ({error.strerror}); choose another folder with --build-cache"
+            f"cannot write to {folder.parent} ({error.strerror}); choose another folder with --build-cache"
         ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -102,6 +108,10 @@ def _run(step: Step, log: Path, label: str, tell: Callable[[str], None]) -> None
             process.terminate()  # docker hands it on to the container
             process.wait()
             raise
+    if process.returncode == DOCKER_FAILED and step.command[0] == "docker":
+        raise UserError(
+            f"{label}: docker could not start the container: {_last_line(log).removeprefix('docker: ')} (log: {log})"
+        )
     if process.returncode:
         raise UserError(
             f"{label} failed with code {process.returncode}: {_last_line(log)} (log: {log});"
@@ -113,7 +123,8 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode("utf-8", "replace").split("\n")
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "nothing in the log")
+    told = (line.strip()[:200] for line in reversed(lines) if line.strip() and not line.startswith(_HINTS))
+    return next(told, "nothing in the log")
 
 
 def place(work: Path, version: Path, names: tuple[str, ...]) -> None:

@@ -43,29 +43,23 @@ def checkpoint_config(model: Model, precision: str, tp: int = 1, pp: int = 1, ep
     }
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    """Both spellings: `rope_theta` and `rope_scaling` at the top, or transformers 5's `rope_parameters`."""
-    return {**config, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-
-
 def _phi(config: Any) -> dict[str, Any]:
-    rope = _rope(config)
     return {
         "hidden_act": config["hidden_act"],
         "position_embedding_type": "rope_gpt_neox",
-        "rotary_base": rope["rope_theta"],
-        "rotary_pct": rope["partial_rotary_factor"],
+        "rotary_base": config["rope_theta"],
+        "rotary_pct": config["partial_rotary_factor"],
         "rotary_scaling": None,
     }
 
 
 def _phimoe(config: Any) -> dict[str, Any]:
-    rope = _rope(config)
-    entries = {
+    rope = config["rope_parameters"]
+    return {
         "hidden_act": "swiglu",
         "attention_bias": config["attention_bias"],
         "rotary_base": rope["rope_theta"],
-        "rotary_pct": rope.get("partial_rotary_factor", 1.0),
+        "rotary_pct": 1.0,
         "rotary_scaling": None,
         "tie_word_embeddings": False,
         "moe": {
@@ -74,18 +68,13 @@ def _phimoe(config: Any) -> dict[str, Any]:
             "normalization_mode": SPARSE_MIXER,
             "sparse_mixer_epsilon": config["router_jitter_noise"],
         },
-        "position_embedding_type": "rope_gpt_neox",
+        "position_embedding_type": "long_rope",
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "longrope_scaling_short_factors": list(rope["short_factor"]),
+        "longrope_scaling_long_factors": list(rope["long_factor"]),
+        "longrope_short_mscale": rope["short_mscale"],
+        "longrope_long_mscale": rope["long_mscale"],
     }
-    if "short_factor" in rope:
-        entries |= {
-            "position_embedding_type": "long_rope",
-            "original_max_position_embeddings": rope["original_max_position_embeddings"],
-            "longrope_scaling_short_factors": list(rope["short_factor"]),
-            "longrope_scaling_long_factors": list(rope["long_factor"]),
-            "longrope_short_mscale": rope["short_mscale"],
-            "longrope_long_mscale": rope["long_mscale"],
-        }
-    return entries
 
 
 def _llama(config: Any) -> dict[str, Any]:
@@ -93,7 +82,7 @@ def _llama(config: Any) -> dict[str, Any]:
         "hidden_act": config["hidden_act"],
         "head_size": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         "position_embedding_type": "rope_gpt_neox",
-        "rotary_base": _rope(config)["rope_theta"],
+        "rotary_base": config["rope_theta"],
         "rotary_scaling": None,
         "attn_bias": False,
         "mlp_bias": False,

@@ -6,7 +6,7 @@ import functools
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from exporters.errors import UserError
 
 DATA = Path(__file__).with_name("data") / "trtllm"
 IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(:[0-9]+)?(/[a-z0-9][a-z0-9._-]*)*(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?")
-TAG = re.compile(r":(\d\d\.\d\d)-trtllm-python-py3")
+TAG = re.compile(r":(\d\d\.\d\d)-trtllm-python-py3$")
 ENGINES, LLMAPI = "engines", "llmapi"
 
 
@@ -60,43 +60,55 @@ def least_driver(image: Image) -> str:
     return str(table("images")["least_driver"][image.cuda.split(".")[0]])
 
 
+def why_not(path: str, model_class: str) -> str:
+    """Why TensorRT-LLM has no `path` for `model_class`; empty where it has one."""
+    known = table("models").get(model_class)
+    if known is None:
+        return f"TensorRT-LLM has no {model_class}; choose another backend"
+    if path == LLMAPI and not known["llmapi"]:
+        return (
+            f"{known['architecture']} is not in TensorRT-LLM's PyTorch LLM API; use --backend tensorrtllm"
+            f" (engines, in images up to {_having(ENGINES)[0].tag})"
+        )
+    return ""
+
+
 def pick(path: str, model_class: str, driver: str | None, wanted: str = "") -> Image:
     """The newest image for `path` (`engines` or `llmapi`) and `model_class` that `driver` runs; `wanted` names one
     instead. Without a driver (none was found) the newest. A UserError says why there is none."""
-    known = table("models").get(model_class)
-    if known is None:
-        raise UserError(f"TensorRT-LLM has no {model_class}; choose another backend")
-    if path == LLMAPI and not known["llmapi"]:
-        raise UserError(
-            f"{known['architecture']} is not in TensorRT-LLM's PyTorch LLM API; use --backend tensorrtllm (engines)"
-        )
+    if reason := why_not(path, model_class):
+        raise UserError(reason)
     if wanted:
-        return _wanted(path, wanted, known)
-    can = [image for image in images() if getattr(image, path)]
-    for image in can:
+        return _wanted(path, wanted, model_class)
+    for image in _having(path):
         if driver is None or version(driver) >= version(least_driver(image)):
             return image
+    oldest = _having(path)[-1]
     raise UserError(
-        f"driver {driver} is too old for every image with TensorRT-LLM {path}: the oldest, {can[-1].tag}, needs"
-        f" {least_driver(can[-1])}; update the driver"
+        f"driver {driver} is too old for every image with TensorRT-LLM {path}: the oldest, {oldest.tag}, needs"
+        f" {least_driver(oldest)}; update the driver"
     )
 
 
-def _wanted(path: str, wanted: str, known: Mapping[str, Any]) -> Image:
+def _having(path: str) -> list[Image]:
+    return [image for image in images() if getattr(image, path)]
+
+
+def _wanted(path: str, wanted: str, model_class: str) -> Image:
+    """The row of the table with the tag of `wanted`, under that name: a site may have its own registry."""
     if not IMAGE_NAME.fullmatch(wanted):
-        raise UserError(f"bad image name {wanted!r}; give one like {images()[0].name}")
+        raise UserError(f"bad --image {wanted!r}; give one like {images()[0].name}")
     match = TAG.search(wanted)
-    by_tag = {image.tag: image for image in images()}
-    if match is None or match[1] not in by_tag:
-        other = " or use --backend tensorrtllm-llmapi" if known["llmapi"] and path == ENGINES else ""
+    image = next((image for image in images() if match and image.tag == match[1]), None)
+    choice = f"choose one of: {', '.join(image.tag for image in _having(path))}"
+    if image is None:
+        other = " or use --backend tensorrtllm-llmapi" if path == ENGINES and not why_not(LLMAPI, model_class) else ""
         raise UserError(
-            f"image {wanted} is not in the table, so what it holds is not known (engines end at {images()[0].tag});"
-            f" choose one of: {', '.join(image.tag for image in images() if getattr(image, path))}{other}"
+            f"--image {wanted} is not in the table, so what it holds is not known"
+            f" (engines end at {_having(ENGINES)[0].tag}); {choice}{other}"
         )
-    image = by_tag[match[1]]
     if not getattr(image, path):
         raise UserError(
-            f"image {image.tag} has TensorRT-LLM {image.trtllm}, whose {path} this exporter cannot use;"
-            f" choose one of: {', '.join(other.tag for other in images() if getattr(other, path))}"
+            f"--image {image.tag} has TensorRT-LLM {image.trtllm}, whose {path} this exporter cannot use; {choice}"
         )
-    return image
+    return replace(image, name=wanted)

@@ -15,7 +15,7 @@ from typing import Any
 
 from exporters.errors import UserError
 from exporters.registry import Order
-from exporters.trtllm_images import Image, table
+from exporters.trtllm_images import ENGINES, Image, table
 from exporters.trtllm_repository import PARTS
 from exporters.weights import HUB, SYNTHETIC
 
@@ -23,7 +23,6 @@ EXAMPLES = "/app/tensorrt_llm/examples"
 ALL_MODELS = "/app/all_models/inflight_batcher_llm"
 MAX_CONTEXT = 8192  # tokens of prompt and answer that an engine is built for, where the model could take more
 MAX_NUM_TOKENS = 8192  # tokens of one step
-SAFE_PATH = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-/+@=")
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,41 @@ def context(order: Order) -> int:
     return min(order.model.max_context, MAX_CONTEXT)
 
 
-def check_parallel(order: Order) -> None:
-    """A UserError for numbers of GPUs that this architecture cannot be spread over."""
-    known, config, build = table("models")[order.model.model_class], order.model.config, order.build
-    if build.pp > 1 and not known["pipeline"]:
-        raise UserError(f"--pp {build.pp}: {order.model.name} has no pipeline parallelism in TensorRT-LLM; use --tp")
-    if build.ep > 1 and not known["experts"]:
-        raise UserError(f"--ep {build.ep}: {order.model.name} has no experts to spread; use --tp")
-    if order.tp % build.ep:
-        raise UserError(f"--ep {build.ep} must divide --tp {order.tp}")
-    if build.ep > 1 and order.weights != SYNTHETIC and table("precisions")[order.precision]["script"] == "quantize":
-        raise UserError(f"--ep {build.ep}: quantize.py has no flag for it; leave it out, or choose bf16, fp16 or int8")
-    for what in ("num_attention_heads", "num_key_value_heads"):
-        if max(config[what], order.tp) % min(config[what], order.tp):
-            raise UserError(f"--tp {order.tp} does not fit {order.model.name}, whose {what} is {config[what]}")
-    if config["num_hidden_layers"] % build.pp:
-        raise UserError(f"--pp {build.pp} must divide the {config['num_hidden_layers']} layers of {order.model.name}")
+def check_parallel(order: Order, path: str = ENGINES) -> None:
+    """A UserError for numbers of GPUs that this architecture cannot be spread over. Grouped KV heads are copied where
+    there are more GPUs than heads; the LLM API, unlike an engine, takes stages of unequal size."""
+    name, config = order.model.name, order.model.config
+    known, tp, pp, ep = table("models")[order.model.model_class], order.tp, order.build.pp, order.build.ep
+    heads, kv_heads, layers = (
+        config[what] for what in ("num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    )
+    if not _spreads(heads, kv_heads, tp):
+        raise UserError(
+            f"--tp {tp} does not fit {name}, which has {heads} attention heads and {kv_heads} KV heads;"
+            f" choose one of: {', '.join(str(n) for n in range(1, heads + 1) if _spreads(heads, kv_heads, n))}"
+        )
+    if pp > 1 and not known["pipeline"]:
+        raise UserError(f"--pp {pp}: {name} has no pipeline parallelism in TensorRT-LLM; use --tp")
+    if pp > layers or (path == ENGINES and layers % pp):
+        must = "must divide" if path == ENGINES else "is more than"
+        raise UserError(f"--pp {pp} {must} the {layers} layers of {name}; choose another")
+    if ep > 1:
+        _check_experts(order, known["experts"])
+
+
+def _check_experts(order: Order, has_experts: bool) -> None:
+    name, tp, ep = order.model.name, order.tp, order.build.ep
+    if not has_experts:
+        raise UserError(f"--ep {ep}: {name} has no experts to spread; use --tp")
+    experts = order.model.config["num_local_experts"]
+    if tp % ep or experts % ep:
+        raise UserError(f"--ep {ep} must divide --tp {tp} and the {experts} experts of {name}")
+    if order.weights != SYNTHETIC and table("precisions")[order.precision]["script"] == "quantize":
+        raise UserError(f"--ep {ep}: quantize.py has no flag for it; leave it out, or choose bf16, fp16 or int8")
+
+
+def _spreads(heads: int, kv_heads: int, tp: int) -> bool:
+    return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
 
 
 def steps(order: Order, image: Image, work: Path, user: str) -> list[Step]:
@@ -65,8 +83,8 @@ def steps(order: Order, image: Image, work: Path, user: str) -> list[Step]:
     `uid:gid`, to whom the files are handed over at the end."""
     check_parallel(order)
     made = table("precisions")[order.precision]
-    local = None if order.weights in (HUB, SYNTHETIC) else check_mount(Path(order.weights).expanduser().resolve())
-    docker = Docker(image, check_mount(work), local)
+    local = local_weights(order)
+    docker = Docker(image, check_mount("--build-cache", work), local)
     todo: list[Step] = []
     if order.weights == HUB:
         fetch = ("download", order.model.hub_id, "--revision", order.model.revision or "main", "--local-dir")
@@ -81,6 +99,13 @@ def steps(order: Order, image: Image, work: Path, user: str) -> list[Step]:
     todo.append(Step("parts", docker.run(*copy), tuple(f"parts/{part}/config.pbtxt" for part in PARTS)))
     todo.append(Step("hand-over", docker.run("chown", "-R", user, "/work"), ()))
     return todo
+
+
+def local_weights(order: Order) -> Path | None:
+    """The user's folder of weights, or None where they come from elsewhere."""
+    if order.weights in (HUB, SYNTHETIC):
+        return None
+    return check_mount("--weights", Path(order.weights).expanduser().resolve())
 
 
 def max_batch_size(order: Order) -> int:
@@ -105,12 +130,13 @@ class Docker:
         return ("docker", "run", "--rm", "--init", "--gpus", "all", *limits, *mounts, self.image.name, *command)
 
 
-def serve_command(order: Order, image: Image, out: Path, launch: list[str]) -> tuple[str, ...]:
-    """`docker run` that serves the repository `out` with what `launch` starts."""
+def serve_command(order: Order, image: Image, launch: list[str], more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """`docker run` that serves the model repository with what `launch` starts; `more` are options of docker."""
     ports = [word for port in (8000, 8001, 8002) for word in ("-p", f"{port}:{port}")]
     limits = ("--shm-size=4g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864")
-    mount = f"{out.resolve()}:{order.build.served_from}:ro"
-    return ("docker", "run", "--rm", "--init", "--gpus", "all", *limits, *ports, "-v", mount, image.name, *launch)
+    mount = f"{check_mount('--out', order.build.out)}:{order.build.served_from}:ro"
+    options = (*limits, *ports, "-v", mount, *more)
+    return ("docker", "run", "--rm", "--init", "--gpus", "all", *options, image.name, *launch)
 
 
 def show(step: Step) -> str:
@@ -118,13 +144,14 @@ def show(step: Step) -> str:
     return f"{step.name}: {shlex.join(step.command)}"
 
 
-def check_mount(path: Path) -> Path:
-    """`path` if docker's `-v` and a config file can name it as it is."""
-    if set(str(path)) - SAFE_PATH or not path.is_absolute():
+def check_mount(option: str, path: Path) -> Path:
+    """`path`, which `option` named, made absolute, if docker's `-v` can name it: spaces are fine, no shell sees it."""
+    absolute = path.expanduser().absolute()
+    if ":" in str(absolute) or not str(absolute).isprintable():
         raise UserError(
-            f"bad path {str(path)!r}: use one of letters, digits and '._-/+@=' for what goes into a container"
+            f"{option}: docker cannot mount {str(absolute)!r}, since a ':' ends a path there; choose another folder"
         )
-    return path
+    return absolute
 
 
 def _checkpoint(order: Order, made: Mapping[str, Any], source: str) -> tuple[str, ...]:

@@ -6,7 +6,8 @@
 <out>/<name>/1/parts/...      preprocessing, tensorrt_llm, postprocessing and tensorrt_llm_bls: copied out of the image,
                               so that they fit its version, and their templates filled
 
-`parts` is a model repository too: Triton gets both folders. Pure.
+`parts` is a model repository too: Triton gets both folders. tensorrt_llm_bls is NVIDIA's other front, which calls the
+parts from Python; it is loaded only when somebody asks for it, so that it cannot keep the server from starting. Pure.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from string import Template
 
-from exporters.config_pbtxt import ModelConfig, Step, Tensor
+from exporters.config_pbtxt import ModelConfig, Step, Tensor, quote
 from exporters.errors import UserError
 
 PARTS = ("preprocessing", "tensorrt_llm", "postprocessing", "tensorrt_llm_bls")
 ENGINE_MODEL = "tensorrt_llm"  # the one that every rank of a world loads
+OTHER_FRONT = "tensorrt_llm_bls"
+DIALECT = {"tritonmark.dialect": "tensorrtllm"}  # how a load test has to ask
 KV_SHARE = 0.9  # of the memory that is free once the engine is loaded
+SERVER_OPTIONS = [
+    "--http-thread-count=32", "--metrics-config=histogram_latencies=true", "--metrics-interval-ms=1000",
+    "--exit-timeout-secs=60",
+]  # fmt: skip
 INSTANCES = 4  # of the tokenising parts, so that they don't limit the engine
 _FILL_RESERVED = set(",:\\$\n\r\"'` ")
 
@@ -79,7 +86,7 @@ def front(name: str, max_batch_size: int) -> ModelConfig:
                 {"OUTPUT": "text_output"},
             ),
         ),
-        parameters={"tritonmark.dialect": "tensorrtllm"},
+        parameters=DIALECT,
     )  # fmt: skip
 
 
@@ -131,6 +138,22 @@ def fill(part: str, template: str, values: Mapping[str, str]) -> str:
     return text
 
 
+def with_parameters(config: str, parameters: Mapping[str, str]) -> str:
+    """The text of a config.pbtxt with string parameters added."""
+    entries = [
+        f"parameters {{ key: {quote(key)} value {{ string_value: {quote(value)} }} }}\n"
+        for key, value in parameters.items()
+    ]
+    return config.rstrip("\n") + "\n" + "".join(entries)
+
+
+def launch_llmapi(name: str, served_from: str) -> list[str]:
+    """What starts Triton for the LLM API: plain, since `tensorrt_llm.LLM` starts its own workers."""
+    load = ["--model-control-mode=explicit", f"--load-model={name}"]
+    stub = "--backend-config=python,stub-timeout-seconds=1800"  # large models take long to load
+    return ["tritonserver", f"--model-repository={served_from}", *load, *SERVER_OPTIONS, stub]
+
+
 def launch_command(name: str, served_from: str, world: int) -> list[str]:
     """What starts Triton inside the container, in the foreground: plain for one rank, by mpirun for more.
 
@@ -144,7 +167,7 @@ def launch_command(name: str, served_from: str, world: int) -> list[str]:
         load = name if number == 0 else ENGINE_MODEL
         command = ["tritonserver", *repositories, *common, f"--load-model={load}"]
         if number == 0:
-            command += ["--http-thread-count=32", "--metrics-config=histogram_latencies=true"]
+            command += SERVER_OPTIONS
         else:
             command += ["--allow-http=false", "--allow-grpc=false", "--allow-metrics=false"]
         return [*command, f"--backend-config=python,shm-region-prefix-name=prefix{number}_"]

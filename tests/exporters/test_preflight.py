@@ -7,7 +7,8 @@ import pytest
 from exporters import preflight
 from exporters.catalogue import find_model
 from exporters.errors import UserError
-from exporters.preflight import Gpu, Machine, Needs, problems, weight_bytes
+from exporters.gpus import Gpu, weights_bytes
+from exporters.preflight import Machine, Needs, problems
 
 GIB = 1 << 30
 GTX_1080 = Gpu("NVIDIA GeForce GTX 1080", 6.1, 8 * GIB)
@@ -72,13 +73,14 @@ def test_two_gpus_share_the_weights():
 
 def test_weights_are_counted_as_the_catalogue_counts():
     phi = find_model("phi-2")
-    assert weight_bytes(phi, "bf16") == 2 * phi.parameters
+    assert weights_bytes(phi, "bf16") == 2 * phi.parameters
     ends = 2 * 51200 * 2560
-    assert weight_bytes(phi, "fp8") == (phi.parameters - ends) + 2 * ends
+    assert weights_bytes(phi, "fp8") == (phi.parameters - ends) + 2 * ends
 
 
-def test_the_probe_reads_nvidia_smi(tmp_path, monkeypatch):
-    said = {"nvidia-smi": "NVIDIA H100 80GB HBM3, 9.0, 81559, 580.95.05\nNVIDIA L4, 8.9, 23034, 580.95.05"}
+def test_the_probe_asks_for_gpus_and_driver(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "find_gpus", lambda: [H100, L4])
+    said = {"nvidia-smi": "580.95.05\n580.95.05"}
     monkeypatch.setattr(preflight, "_answer", lambda *command: said.get(command[0], ""))
     monkeypatch.setattr(preflight.shutil, "which", lambda name: None)
     found = preflight.probe("image", tmp_path / "not" / "yet")
@@ -88,7 +90,7 @@ def test_the_probe_reads_nvidia_smi(tmp_path, monkeypatch):
 
 def test_the_probe_survives_nonsense(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_answer", lambda *command: "No devices were found")
-    assert preflight.probe("image", tmp_path).gpus == ()
+    assert preflight.probe("image", tmp_path).driver is None
 
 
 def test_the_probe_runs_here(tmp_path):

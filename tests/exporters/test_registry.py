@@ -29,6 +29,17 @@ def test_unknown_backend_lists_the_known_ones():
         registry.find_exporter("llm", "abacus")
 
 
+def test_why_a_backend_has_no_path_is_its_own_word(monkeypatch):
+    for name in ("_exporters", "_precisions", "_reasons"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    registry.exporter("llm", "x", precisions=lambda model: (), no_path=lambda model: f"no x of {model.name}")(
+        find_model
+    )
+    registry.exporter("llm", "y", precisions=lambda model: ())(find_model)
+    assert registry.no_path(find_model("phi-2"), "x") == "no x of phi-2"
+    assert registry.no_path(find_model("phi-2"), "y") == "y has no path for phi-2; choose another backend"
+
+
 def test_unknown_model_lists_the_known_ones():
     with pytest.raises(UserError, match="phi-2-tiny"):
         find_model("phi-3")

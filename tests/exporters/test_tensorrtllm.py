@@ -5,7 +5,9 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from exporters.catalogue import find_model
 from exporters.config_pbtxt import render
 from exporters.errors import UserError
 from exporters.export import export_model, plan_export
-from exporters.preflight import Gpu, Machine
+from exporters.gpus import Gpu, needs_table
+from exporters.preflight import Machine
 from exporters.registry import Build, Order, precisions_of
 from exporters.tensorrtllm import llmapi_arguments
 from exporters.trtllm_config import checkpoint_config
@@ -71,27 +74,8 @@ OPTIONAL = {
     "tensorrt_llm_bls": {"accumulate_tokens", "tensorrt_llm_model_name", "tensorrt_llm_draft_model_name"},
 }  # fmt: skip
 H100 = Gpu("NVIDIA H100 80GB HBM3", 9.0, 81559 << 20)
-FACTORS = [1.0 + n / 64 for n in range(64)]
-PHI = find_model("phi-2")
-PHIMOE = dataclasses.replace(
-    PHI, name="phimoe", model_class="PhimoeForCausalLM", parameters=41_873_153_344,
-    config={
-        "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu", "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "attention_bias": True, "num_local_experts": 16,
-        "num_experts_per_tok": 2, "router_jitter_noise": 0.01, "original_max_position_embeddings": 4096,
-        "rope_scaling": {"type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS, "short_mscale": 1.24,
-                         "long_mscale": 1.24},
-    },
-)  # fmt: skip
-LLAMA = dataclasses.replace(
-    PHI, name="llama", model_class="LlamaForCausalLM", parameters=70_553_706_496, gated=True,
-    config={
-        "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "hidden_act": "silu", "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-    },
-)  # fmt: skip
+PHI, PHIMOE, LLAMA = (find_model(name) for name in ("phi-2", "phi-3.5-moe", "llama-3-70b"))
+TRITON = "nvcr.io/nvidia/tritonserver"
 MODELS = {"phi": PHI, "phimoe": PHIMOE, "llama": LLAMA}
 
 
@@ -147,9 +131,12 @@ def test_the_newest_image_that_the_driver_runs(driver, tag):
             (ENGINES, "PhiForCausalLM", None, "nvcr.io/nvidia/tritonserver:24.10-trtllm-python-py3"),
             "24.10 has .*0.14.0",
         ),
-        ((ENGINES, "PhiForCausalLM", None, "image; rm -rf /"), "bad image name"),
-        ((ENGINES, "PhiForCausalLM", None, "--privileged"), "bad image name"),
-        ((ENGINES, "PhiForCausalLM", None, "a b"), "bad image name"),
+        ((ENGINES, "PhiForCausalLM", None, "image; rm -rf /"), "bad --image"),
+        ((ENGINES, "PhiForCausalLM", None, "--privileged"), "bad --image"),
+        ((LLMAPI, "LlamaForCausalLM", None, "--privileged; rm -rf /"), "bad --image"),
+        ((LLMAPI, "LlamaForCausalLM", None, f"{TRITON}:24.10-trtllm-python-py3"), "24.10 has .*whose llmapi"),
+        ((LLMAPI, "LlamaForCausalLM", None, f"{TRITON}:26.07-py3"), "not in the table"),
+        ((ENGINES, "PhiForCausalLM", None, "a b"), "bad --image"),
     ],
 )
 def test_why_there_is_no_image(arguments, message):
@@ -158,13 +145,26 @@ def test_why_there_is_no_image(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_image_of_another_registry_is_used_under_its_own_name():
+    image = pick(LLMAPI, "LlamaForCausalLM", None, "registry.site:5000/triton:26.03-trtllm-python-py3")
+    assert (image.name, image.trtllm) == ("registry.site:5000/triton:26.03-trtllm-python-py3", "1.2.0")
+
+
+@pytest.mark.parametrize("model", ["phi-2", "phi-2-tiny", "phi-3.5-moe"])
+def test_the_reason_for_no_path_is_what_the_user_sees(tmp_path, model):
+    with pytest.raises(UserError, match=r"is not in .*LLM API; use --backend tensorrtllm .*up to 26\.07"):
+        export_model(model, "tensorrtllm-llmapi", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_precisions_by_model():
     assert precisions_of(PHI, "tensorrtllm") == ("fp16", "bf16", "int8", "int4")
     assert precisions_of(PHIMOE, "tensorrtllm") == ("bf16", "fp16", "fp8", "int8")
     assert "nvfp4" in precisions_of(LLAMA, "tensorrtllm") and "int4-awq" in precisions_of(LLAMA, "tensorrtllm")
     assert precisions_of(PHI, "tensorrtllm-llmapi") == () and precisions_of(LLAMA, "tensorrtllm-llmapi")
     for entry in table("models").values():
-        assert set(entry["engine"]) <= set(table("precisions")) & set(preflight.BYTES)
+        assert set(entry["engine"]) <= set(table("precisions")) & set(needs_table()["precision"])
+        assert set(entry["unlisted"]) <= set(entry["engine"])
 
 
 # The steps.
@@ -226,17 +226,37 @@ def test_experts_and_stages():
         (order(ep=2, tp=2), "no experts"),
         (order(PHIMOE, "bf16", tp=2, ep=4), "must divide --tp"),
         (order(PHIMOE, "fp8", "hub", tp=2, ep=2), "quantize.py has no flag"),
-        (order(tp=3), "num_attention_heads is 32"),
+        (order(PHIMOE, "bf16", tp=32, ep=32), "the 16 experts"),
+        (order(tp=3), "32 attention heads and 32 KV heads; choose one of: 1, 2, 4, 8, 16, 32$"),
+        (order(tp=64), "--tp 64 does not fit phi-2, which has 32 attention heads"),
+        (order(dataclasses.replace(LLAMA, config={**LLAMA.config, "num_key_value_heads": 6}), "bf16", tp=4), "6 KV"),
         (order(LLAMA, "bf16", pp=3), "must divide the 80 layers"),
-        (order(weights="/a b"), "bad path"),
-        (order(weights="/a:/etc"), "bad path"),
-        (order(weights="/a$(reboot)"), "bad path"),
-        (order(weights="/a;b"), "bad path"),
+        (order(weights="/a:/etc"), "--weights: docker cannot mount '/a:/etc'"),
+        (order(weights="/a\nb"), "--weights: docker cannot mount"),
     ],
 )
 def test_what_cannot_be_spread_or_mounted(wanted, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         steps_of(wanted)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8, 16, 64])
+def test_more_gpus_than_kv_heads_copy_them(tp):
+    trtllm_plan.check_parallel(order(LLAMA, "bf16", tp=tp))
+
+
+def test_the_llm_api_takes_stages_of_unequal_size():
+    trtllm_plan.check_parallel(order(LLAMA, "bf16", pp=3), LLMAPI)
+    with pytest.raises(UserError, match="--pp 81 is more than the 80 layers"):
+        trtllm_plan.check_parallel(order(LLAMA, "bf16", pp=81), LLMAPI)
+
+
+def test_an_option_that_cannot_be_mounted_is_named(tmp_path):
+    with pytest.raises(UserError, match="--build-cache: docker cannot mount '/c:d/"):
+        plan_export("phi-2", "tensorrtllm", build=Build(cache=Path("/c:d")))
+    with pytest.raises(UserError, match="--out: docker cannot mount '/o:p'"):
+        plan_export("phi-2", "tensorrtllm", build=Build(cache=tmp_path, out=Path("/o:p")))
 
 
 # Random-weight engines.
@@ -258,7 +278,7 @@ def test_checkpoint_config_of_phimoe_and_llama():
     assert config["architecture"] == "PhiMoEForCausalLM" and config["position_embedding_type"] == "long_rope"
     assert config["moe"] == {"num_experts": 16, "top_k": 2, "normalization_mode": 2, "sparse_mixer_epsilon": 0.01}
     assert config["quantization"] == {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
-    assert len(config["longrope_scaling_short_factors"]) == 64 and config["longrope_long_mscale"] == 1.24
+    assert len(config["longrope_scaling_short_factors"]) == 64 and config["longrope_long_mscale"] == 1.243163121016122
     llama = checkpoint_config(LLAMA, "int4-awq", tp=2)
     assert llama["rotary_base"] == 500000.0 and llama["head_size"] == 128
     assert llama["quantization"] == {"quant_algo": "W4A16_AWQ", "group_size": 128, "has_zero_point": False,
@@ -346,17 +366,78 @@ def test_llmapi_of_llama(tmp_path):
     arguments = llmapi_arguments(dataclasses.replace(order(LLAMA, "bf16", tp=2), backend="tensorrtllm-llmapi"), 8192)
     assert arguments["load_format"] == "dummy" and arguments["tensor_parallel_size"] == 2 and arguments["model"] == ""
     assert arguments["kv_cache_config"] == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False}
-    with pytest.raises(UserError, match="has no path for phi-2"):
-        export_model("phi-2", "tensorrtllm-llmapi", out=tmp_path / "out")
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """A machine with one, docker and a driver that runs every image."""
+    there = Machine((H100,), "590.44.01", "", True, 10**12, True)
+    monkeypatch.setattr(preflight, "probe", lambda image, folder: there)
+
+
+def llmapi(out, told, **options):
+    build = Build(**options)
+    return export_model("llama-3-70b-tiny", "tensorrtllm-llmapi", out=out, build=build, on_progress=told.append)
+
+
+def test_llmapi_chooses_and_records_the_image_and_says_how_to_serve(h100, tmp_path):
+    told = []
+    folder = llmapi(tmp_path / "a b", told)
+    image = images()[0].name
+    assert layout.read_manifest(folder)["image"] == image
+    assert json.loads((folder / "1/settings.json").read_text())["image"] == image
+    (serve,) = (line.removeprefix("serve: ") for line in told if line.startswith("serve: "))
+    words = shlex.split(serve)
+    assert words[:2] == ["docker", "run"] and f"{tmp_path}/a b:/models:ro" in words
+    command = words[words.index(image) + 1 :]
+    assert command[0] == "tritonserver" and "--load-model=llama-3-70b-tiny" in command
+    assert "--disable-auto-complete-config" not in command
+    assert not any("not on this machine" in line for line in told)
+    build = Build(out=tmp_path / "a b")
+    assert plan_export("llama-3-70b-tiny", "tensorrtllm-llmapi", build=build)[-1] == f"serve: {serve}"
+
+
+@pytest.mark.parametrize("image", ["--privileged; rm -rf /", f"{TRITON}:24.10-trtllm-python-py3"])
+def test_llmapi_refuses_an_image_that_it_cannot_use(h100, tmp_path, image):
+    with pytest.raises(UserError, match="--image"):
+        llmapi(tmp_path / "out", [], image=image)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_llmapi_takes_an_image_of_the_table(h100, tmp_path):
+    wanted = f"{TRITON}:25.12-trtllm-python-py3"
+    folder = llmapi(tmp_path / "out", told := [], image=wanted)
+    assert layout.read_manifest(folder)["image"] == wanted and wanted in told[-2]
+
+
+def test_llmapi_tells_what_stands_in_the_way_here_but_exports(tmp_path, monkeypatch):
+    gtx = Machine((Gpu("NVIDIA GeForce GTX 1080", 6.1, 8 << 30),), "590.44.01", "", True, 0, True)
+    monkeypatch.setattr(preflight, "probe", lambda image, folder: gtx)
+    told = []
+    llmapi(tmp_path / "out", told)
+    (line,) = (line for line in told if line.startswith("not on this machine"))
+    assert "GTX 1080 has compute capability 6.1" in line and "needs 8.0" in line
+    monkeypatch.setattr(preflight, "probe", None)
+    assert llmapi(tmp_path / "other", [], check=False).is_dir(), "--no-check does not look"
+
+
+def test_llmapi_serves_weights_where_the_library_finds_them(h100, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    serve = plan_export("llama-3-70b", "tensorrtllm-llmapi", "hub")[-1]
+    assert f"-v {tmp_path}/hub:/hub -e HF_HOME=/hub -e HF_TOKEN" in serve
+    (tmp_path / "config.json").write_text("{}")
+    serve = plan_export("llama-3-70b", "tensorrtllm-llmapi", str(tmp_path))[-1]
+    assert f"-v {tmp_path}:{tmp_path}:ro" in serve
 
 
 # The whole export, with docker replaced.
 
-FAKE_DOCKER = """#!/bin/sh
+FAKE_DOCKER = r"""#!/bin/sh
 echo "$@" >> "$LOG"
 for word in "$@"; do case "$word" in *:/work) work="${word%:/work}";; esac; done
 case "$*" in
   *trtllm-build*)
+    [ "$BREAK" = 125 ] && printf "docker: no daemon here.\n\nRun 'docker run --help' for more information\n" && exit 125
     [ -n "$BREAK" ] && echo "out of memory" && exit 3
     mkdir -p "$work/engine"; echo '{}' > "$work/engine/config.json"; echo engine > "$work/engine/rank0.engine";;
   *all_models*) cp -r "$TEMPLATES"/* "$work/parts/";;
@@ -422,6 +503,23 @@ def test_a_failed_step_leaves_nothing_in_the_repository_and_goes_on_later(docker
     assert build(docker).is_dir()
 
 
+def test_docker_itself_failing_is_said_in_its_own_words(docker, monkeypatch):
+    monkeypatch.setenv("BREAK", "125")
+    with pytest.raises(UserError, match=r"engine: docker could not start the container: no daemon here\. \(log"):
+        build(docker)
+
+
+def test_a_folder_with_a_space_is_fine(docker):
+    build = Build(cache=docker / "a cache")
+    assert export_model("phi-2", "tensorrtllm", out=docker / "an out", build=build).is_dir()
+
+
+def test_the_other_front_tells_a_load_test_how_to_ask(docker):
+    told = parse((build(docker) / "1/parts/tensorrt_llm_bls/config.pbtxt").read_text()).parameters
+    assert told["tritonmark.dialect"].string_value == "tensorrtllm"
+    assert (told["tritonmark.model"].string_value, told["tritonmark.precision"].string_value) == ("phi-2", "fp16")
+
+
 def test_a_lost_output_is_made_again_with_all_after_it(docker):
     build(docker)
     next((docker / "cache").rglob("rank0.engine")).unlink()
@@ -439,19 +537,35 @@ def test_preflight_stops_before_anything_runs(docker, monkeypatch):
 
 
 GOLDEN = """\
-image: nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3 (TensorRT-LLM 1.2.1, TensorRT 10.14.1.48, CUDA 13.1)
-engine: docker run --rm --init --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v /c/WORK:/work \
+engine: docker run --rm --init --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v WORK:/work \
 nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3 trtllm-build --model_config /work/model.json --output_dir \
 /work/engine --gemm_plugin auto --kv_cache_type paged --max_batch_size 256 --max_input_len 2047 --max_seq_len 2048 \
 --max_num_tokens 8192 --max_beam_width 1 --workers 1"""
 
 
 def test_dry_run_is_golden_and_does_nothing(docker):
-    lines = plan_export("phi-2", "tensorrtllm", build=Build(cache=Path("/c")))
-    assert "\n".join(lines[:2]) == GOLDEN
-    names = [line.split(":")[0] for line in lines]
-    assert names == ["image", "engine", "parts", "hand-over", *(f"fill-{part}" for part in PARTS), "serve"]
-    assert not (docker / "log").exists()
+    lines = plan_export("phi-2", "tensorrtllm", build=Build(cache=docker / "c", out=docker / "repo"))
+    assert lines[0] == f"image: {images()[0].name} (TensorRT-LLM 1.2.1, TensorRT 10.14.1.48, CUDA 13.1)"
+    told = dict(line.split(": ", 1) for line in lines)
+    assert list(told) == ["image", "folder", "model.json", "engine", "parts", "hand-over",
+                          *(f"fill-{part}" for part in PARTS), "repository", "serve"]  # fmt: skip
+    work = told["folder"].removeprefix("mkdir -p ").removesuffix("/parts")
+    assert f"engine: {told['engine']}".replace(work, "WORK") == GOLDEN
+    assert f"-v {docker}/repo:/models:ro" in told["serve"]
+    assert not (docker / "log").exists() and not (docker / "c").exists()
+
+
+def test_every_printed_command_works_when_it_is_copied(docker):
+    """The build by hand ends in the folder in which the export then finds it done, but for its own stamps."""
+    lines = plan_export("phi-2", "tensorrtllm", build=Build(cache=docker / "a cache", out=docker / "out"))
+    for name in ("folder", "model.json", "engine", "parts", "hand-over"):
+        (command,) = (line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: "))
+        subprocess.run(["sh", "-eu", "-c", command], check=True)
+    (work,) = (docker / "a cache").iterdir()
+    assert json.loads((work / "model.json").read_text()) == checkpoint_config(PHI, "fp16")
+    assert (work / "engine/rank0.engine").is_file() and (work / "parts/preprocessing/config.pbtxt").is_file()
+    export_model("phi-2", "tensorrtllm", out=docker / "out", build=Build(cache=docker / "a cache"))
+    assert list((docker / "a cache").iterdir()) == [work], "the export builds in the folder that was printed"
 
 
 def test_dry_run_is_for_builds_only():
