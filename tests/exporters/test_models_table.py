@@ -97,8 +97,6 @@ def test_one_h100_runs_llama_in_fp8(monkeypatch):
     assert "bf16, fp16: no, needs 145.8 GB, NVIDIA H100 80GB HBM3 has 84.9 GB free; 2 of these would do" in told
     assert "nvfp4: no, nvfp4 needs compute capability 10.0" in llama
     assert "fp8: no, needs 77.3 GB, NVIDIA H100 80GB HBM3 has 77.0 GB (90% of all)" in told, "vLLM takes 90 %"
-        "vLLM takes 90 %"
-    )
 
 
 def test_the_table_names_gpus_and_backends_without_a_path(monkeypatch):
