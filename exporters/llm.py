@@ -13,7 +13,7 @@ from exporters.weights import SYNTHETIC, Written, write_pretrained, write_synthe
 
 EIGHT_BIT = ("fp8", "int8")
 SERVED_FILES = (  # on Triton's side, whatever computes
-    "llm_link", "llm_request", "llm_settings", "llm_text", "request_fields", "settings_file", "triton_model",
+    "devices", "llm_link", "llm_request", "llm_settings", "llm_text", "request_fields", "settings_file", "triton_model",
 )  # fmt: skip
 ENGINE_FILES = ("llm_quantised", "llm_sampling", "llm_weights")
 EAGER_FILES = ("llm_engine", "llm_ranks")

@@ -17,7 +17,7 @@ from exporters.registry import Order, exporter
 from exporters.weights import CORPUS, HUB, SYNTHETIC, import_path
 
 RUNTIME_FILES = (
-    "request_fields", "settings_file", "triton_model", "video_engine", "video_output", "video_request",
+    "devices", "request_fields", "settings_file", "triton_model", "video_engine", "video_output", "video_request",
     "video_tensorrt", "video_weights",
 )  # fmt: skip
 NETWORKS = ("transformer", "vae", "text_encoder")

@@ -27,8 +27,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import TextIO
 
+from devices import memory_explained, use_compile_cache
 from llm_request import Output, Prompt
+from llm_settings import MEMORY_SETTINGS
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CONNECT_S = 10.0
@@ -49,18 +52,18 @@ class RemoteEngine:
         self._occupancy = (0, 0, 0.0)
         self._sending = threading.Lock()
         base = _meeting_place(name, device)
-        arrived = time.time()
-        with _alone(base / "lock"):
-            failed = base / "failed"  # another instance tried while this one waited: it would fail in the same way
-            if failed.exists() and failed.stat().st_mtime >= arrived:
-                raise RuntimeError(failed.read_text())
+        with _alone(base / "lock") as note:
+            if reason := note.read():  # another instance tried while this one waited: it would fail in the same way
+                raise RuntimeError(reason)
             self._link = _join(base)
             self.leads = self._link is None
-            if self._link is None:
-                self._process = _start(base, folder, settings, device, tell)
-                self._link = _join(base)
-        if self._link is None:
-            raise RuntimeError("the engine process ended while it was starting; see the log above")
+            if self.leads:
+                try:
+                    self._process, self._link = _lead(base, folder, settings, device, tell)
+                except Exception as error:
+                    note.write(str(error))
+                    shutil.rmtree(base, ignore_errors=True)  # whoever waits has the note open
+                    raise
 
     def submit(self, request_id: str, ids: list[int], prompt: Prompt) -> bool:
         return self._send(("submit", request_id, ids, prompt))
@@ -120,10 +123,12 @@ def _meeting_place(name: str, device: str) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
+def _alone(path: Path) -> Iterator[TextIO]:
+    """One instance at a time; all get the same file, whose text is why the engine did not start."""
+    with path.open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        lock.seek(0)
+        yield lock
 
 
 def _join(base: Path) -> Connection | None:
@@ -135,12 +140,23 @@ def _join(base: Path) -> Connection | None:
         return None
 
 
+def _lead(base: Path, *start) -> tuple[subprocess.Popen, Connection]:
+    """The engine process, started and ready, and a connection to it."""
+    process = _start(base, *start)
+    link = _join(base)
+    if link is None:
+        raise RuntimeError("the engine process ended while it was starting; see the log above")
+    return process, link
+
+
 def _start(base: Path, folder: Path, settings: dict, device: str, tell: Callable[[str], None]) -> subprocess.Popen:
     """Start the engine process and wait until it is ready; what it says meanwhile goes to `tell`."""
     order = {"base": str(base), "folder": str(folder), "settings": settings, "device": device}
+    variables = dict(os.environ)
+    use_compile_cache(folder.parent, variables)
     process = subprocess.Popen(
         [_interpreter(), str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, **_compile_cache(folder)},
+        env=variables,
     )  # fmt: skip
     process.stdin.write(json.dumps(order) + "\n")
     process.stdin.close()
@@ -153,9 +169,7 @@ def _start(base: Path, folder: Path, settings: dict, device: str, tell: Callable
             reason = text
         elif kind == "say":
             tell(text)
-    reason = f"the engine process ended with code {process.wait()}: {reason}"
-    (base / "failed").write_text(reason)
-    raise RuntimeError(reason)
+    raise RuntimeError(f"the engine process ended with code {process.wait()}: {reason}")
 
 
 def _interpreter() -> str:
@@ -163,14 +177,6 @@ def _interpreter() -> str:
     not know its own name; the stub's environment is that of the first python3 on PATH."""
     known = sys.executable if Path(sys.executable or "").name.startswith("python") else shutil.which("python3")
     return os.environ.get("TRITONMARK_ENGINE_PYTHON") or known or "python3"
-
-
-def _compile_cache(folder: Path) -> dict[str, str]:
-    """Compiled code is kept beside the weights where that is possible, so that the next start is fast."""
-    cache = folder.parent / "compile-cache"
-    if not os.access(folder.parent, os.W_OK):
-        return {}
-    return {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
 
 
 # The engine's side ---------------------------------------------------------------------------------------------------
@@ -187,10 +193,7 @@ class _Guests:
         self._lock = threading.Lock()
 
     def serve(self, engine) -> None:
-        """Accept instances until the last one has left, then stop `engine`."""
-        threading.Thread(target=self._accept, args=(engine,), daemon=True).start()
-
-    def _accept(self, engine) -> None:
+        """Accept instances, for ever; stop `engine` when the last one has left."""
         while True:
             link = self._listener.accept()
             with self._lock:
@@ -268,16 +271,17 @@ def main() -> None:
         engine_class = getattr(importlib.import_module(module), name)
 
         guests: list[_Guests] = []
-        engine = engine_class(
-            Path(order["folder"]), order["settings"], order["device"],
-            deliver=lambda outputs, occupancy: guests[0].deliver(outputs, occupancy),
-            tell=lambda text: say("say", f"{text} ({time.monotonic() - started:.1f} s)"),
-        )  # fmt: skip
+        with memory_explained(MEMORY_SETTINGS):
+            engine = engine_class(
+                Path(order["folder"]), order["settings"], order["device"],
+                deliver=lambda outputs, occupancy: guests[0].deliver(outputs, occupancy),
+                tell=lambda text: say("say", f"{text} ({time.monotonic() - started:.1f} s)"),
+            )  # fmt: skip
     except Exception as error:
         say("failed", f"{type(error).__name__}: {error}")
         sys.exit(1)
     guests.append(_Guests(base))
-    guests[0].serve(engine)
+    threading.Thread(target=guests[0].serve, args=(engine,), daemon=True).start()
     say("ready")
     talk.close()
     code = 1

@@ -25,8 +25,9 @@ import numpy as np
 import tokenizers
 import torch
 import triton_python_backend_utils as pb_utils
+from devices import memory_explained
 from llm_request import KINDS, Output, Prompt, check_context, parse_prompt
-from llm_settings import read_settings
+from llm_settings import MEMORY_SETTINGS, read_settings
 from llm_text import TextStream
 from request_fields import read_request
 from triton_model import DRAIN_S, FINAL, DecoupledModel, device_of, number, parameters, refuse, text
@@ -215,7 +216,8 @@ def _engine(folder: Path, settings: dict, device: str, name: str):
         return RemoteEngine(folder / "weights", settings, device, name, lambda text: tell(f"{name}: {text}"))
     from llm_engine import Engine
 
-    return Engine(folder / "weights", settings, device)
+    with memory_explained(MEMORY_SETTINGS):
+        return Engine(folder / "weights", settings, device)
 
 
 def _ending(reason: str, tokens_in: int, tokens_out: int) -> list:

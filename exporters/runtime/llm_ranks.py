@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from devices import memory_explained
+from llm_settings import MEMORY_SETTINGS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -160,7 +162,11 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     from llm_engine import Engine
 
-    engine = Engine(Path(order["folder"]), order["settings"], rank_device(order["device"]))
+    try:
+        with memory_explained(MEMORY_SETTINGS):
+            engine = Engine(Path(order["folder"]), order["settings"], rank_device(order["device"]))
+    except Exception as error:
+        sys.exit(f"rank {os.environ['RANK']}: {type(error).__name__}: {error}")
     while engine.failure() is None:
         time.sleep(0.5)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from settings_file import read_file
 
+MEMORY_SETTINGS = "max_context, max_batch_tokens, max_sequences or kv_memory_share"  # smaller ones take less
+
 
 def read_settings(folder: Path, overrides: dict[str, str]) -> dict:
     """As settings_file.read_file; also refuses a cache that is too small for one sequence."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from devices import check_capability, check_compiler
 from llm_quantised import FP8_CAPABILITY, STORAGE, hold
 from safetensors import safe_open
 
@@ -149,7 +150,7 @@ def load_model(folder: Path, settings: dict, device: str) -> torch.nn.Module:
     """
     precision = settings["precision"]
     dtype, storage = DTYPES[precision], STORAGE.get(precision)
-    _check_capability(precision, device)
+    _check_capability(precision, device, settings.get("engine") == "slots")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with _default_dtype(dtype), torch.device("meta"):
         model = getattr(transformers, settings["model_class"])(config)
@@ -204,19 +205,11 @@ def _make_rotary(model: torch.nn.Module, max_context: int, device: str) -> None:
     model.model.rotary_emb = rotary
 
 
-def _check_capability(precision: str, device: str) -> None:
-    if precision == "fp8" and device.startswith("cuda"):
-        found = torch.cuda.get_device_capability(device)
-        if found < FP8_CAPABILITY:
-            name = torch.cuda.get_device_name(device)
-            raise ValueError(
-                f"fp8 needs compute capability {_dotted(FP8_CAPABILITY)}, {name} has {_dotted(found)};"
-                " export in bf16, fp16 or int8"
-            )
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+def _check_capability(precision: str, device: str, compiled: bool = False) -> None:
+    if precision == "fp8":
+        check_capability("fp8", FP8_CAPABILITY, device, "export in bf16, fp16 or int8")
+    if compiled:
+        check_compiler(DTYPES[precision], device)
 
 
 def needed_bytes(model: torch.nn.Module, precision: str) -> int:

@@ -11,7 +11,6 @@ to be named in the parameter `tritonmark.work`, or the model refuses to load.
 from __future__ import annotations
 
 import copy
-import os
 import resource
 import sys
 import time
@@ -21,16 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from devices import check_compiler
 from diffusers import CogVideoXPipeline
 from settings_file import read_file
 from video_request import ClipOrder
-from video_weights import load_parts
+from video_weights import DTYPES, load_parts
 
 MODES = ("eager", "compile", "tensorrt")
 QUANTISATIONS = ("none", "fp8")
 STEP_CACHES = ("none", "first_block")
 EXACT = "exact"
-DEFAULT_CACHE = "torchinductor_"  # torch's own folder is <temporary folder>/torchinductor_<user>
 RECOMPILE_LIMIT = 64  # different clip sizes that may be compiled; torch's own limit of 8 would end the model
 
 
@@ -58,6 +57,8 @@ class Engine:
 
     def __init__(self, folder: Path, settings: dict, device: str, cache: Path | None = None) -> None:
         self.settings, self.device = settings, torch.device(device)
+        if settings["transformer_mode"] == "compile":
+            check_compiler(DTYPES[settings["precision"]], device)
         if settings["threads"]:
             torch.set_num_threads(settings["threads"])
         self.pipe = CogVideoXPipeline(**load_parts(folder, settings, device))
@@ -215,19 +216,3 @@ def read_settings(folder: Path, overrides: dict[str, str]) -> dict:
             f" set it to {done}, so that results are not compared with those of the same work"
         )
     return settings
-
-
-def use_compile_cache(folder: Path) -> Path | None:
-    """Let compiled code live beside model.py, so that a restart is fast; None where nothing can be written.
-
-    To be called before anything is compiled. An operator's own TORCHINDUCTOR_CACHE_DIR wins. Torch's default does not:
-    importing torch sets the variable to it, in this process or in the one that started it.
-    """
-    if not os.access(folder, os.W_OK):
-        return None
-    cache = folder / "compile-cache"
-    if not Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", DEFAULT_CACHE)).name.startswith(DEFAULT_CACHE):
-        return cache
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    os.environ["TRITON_CACHE_DIR"] = str(cache / "triton")
-    return cache

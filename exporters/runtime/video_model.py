@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
+from devices import memory_explained, use_compile_cache
 from request_fields import read_request
 from triton_model import DRAIN_S, FINAL, DecoupledModel, device_of, number, parameters, refuse, seconds, text
-from video_engine import CancelledError, Clip, Engine, read_settings, use_compile_cache, work_of
+from video_engine import CancelledError, Clip, Engine, read_settings, work_of
 from video_output import mp4, sheet
 from video_request import KINDS, ClipOrder, check_tokens, parse_order
 
@@ -72,9 +73,10 @@ class TritonPythonModel(DecoupledModel):
         self.settings = read_settings(folder, parameters(args))
         device, started = device_of(self.settings["device"], args), time.monotonic()
         self._tell = lambda text: pb_utils.Logger.log_info(f"{args['model_name']}: {text}")
-        self.engine = Engine(folder / "weights", self.settings, device, use_compile_cache(folder))
-        self._tell(f"{self.settings['precision']} weights on {device} after {time.monotonic() - started:.1f} s")
-        warm_up = self.engine.warm_up()
+        with memory_explained("num_frames, height or width"):
+            self.engine = Engine(folder / "weights", self.settings, device, use_compile_cache(folder))
+            self._tell(f"{self.settings['precision']} weights on {device} after {time.monotonic() - started:.1f} s")
+            warm_up = self.engine.warm_up()
         self._tell(f"first step {warm_up.step_s[0]:.1f} s (compilation included), VAE {warm_up.vae_decode_s:.1f} s")
         self.work = work_of(self.settings)
         self._waiting: queue.Queue[OpenRequest] = queue.Queue()

@@ -6,11 +6,15 @@ vLLM: `skip_tokenizer_init` is set, and model.py encodes and decodes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 from async_engine import AsyncEngine, Made
+from devices import dotted
 from llm_request import Prompt
+
+CAPABILITY = (7, 5)
 
 
 class VllmEngine(AsyncEngine):
@@ -18,6 +22,7 @@ class VllmEngine(AsyncEngine):
 
     async def start(self, arguments: dict[str, Any]) -> None:
         """Inside the loop, because AsyncLLM starts its output task in the loop that runs."""
+        _check_capability()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -34,6 +39,20 @@ class VllmEngine(AsyncEngine):
 
     def shut_down(self) -> None:
         self._llm.shutdown()
+
+
+def _check_capability() -> None:
+    """vLLM is asked, since torch would begin to use the GPU. A version without this module knows itself what it lacks;
+    so does every one for bf16 and fp8."""
+    with contextlib.suppress(ImportError):
+        from vllm.platforms import current_platform
+
+        found = current_platform.get_device_capability()
+        if found is not None and tuple(found) < CAPABILITY:
+            name = current_platform.get_device_name()
+            raise ValueError(
+                f"vLLM needs compute capability {dotted(CAPABILITY)}, {name} has {dotted(found)}; export torch-eager"
+            )
 
 
 def sampling(prompt: Prompt, end_ids: list[int]):

@@ -313,3 +313,4 @@ def test_a_broken_export_says_why(runtime, tmp_path, monkeypatch):
     settings = SETTINGS | {"draw_on_load": False, "precision": "fp32", "seed": 0, "engine": "slots"}
     with pytest.raises(RuntimeError, match=r"engine process ended with code 1: .*nowhere"):
         link.RemoteEngine(tmp_path / "nowhere", settings, "cpu", "m", lambda text: None)
+    assert not list(tmp_path.glob("tritonmark-*"))
