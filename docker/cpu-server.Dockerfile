@@ -30,7 +30,7 @@ FROM ${BASE_IMAGE}
 ENV PATH=/opt/tritonmark/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     XDG_CACHE_HOME=/opt/tritonmark/cache
 RUN useradd --uid 1000 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tritonmark \
-    && install -d -m 1777 /models
+    && install -d -m 1777 /models /hub
 COPY --from=build /opt/tritonmark /opt/tritonmark
 COPY docker/export.sh docker/healthcheck.py /opt/docker/
 USER 1000:1000

@@ -84,6 +84,30 @@ def test_models_are_mounted_read_only_where_they_are_served():
         assert all(v.endswith(":ro") for v in mounts) or name == "export"
 
 
+def _tritons():
+    yield document(BASE)["services"]["triton"]
+    yield document(ROOT / "deploy/per-gpu.yml")["services"]["triton-gpu3"]
+
+
+@pytest.mark.parametrize("triton", list(_tritons()), ids=["base", "per-gpu"])
+def test_compiled_code_and_hub_files_outlive_the_container(triton):
+    """The caches that the image names lie in volumes which its user may write."""
+    dockerfile = (ROOT / "docker/triton.Dockerfile").read_text()
+    caches = re.findall(r"(?:XDG_CACHE_HOME|\w+_CACHE_DIR)=(\S+)", dockerfile)
+    mounts = [volume.split(":")[1:] for volume in triton["volumes"]]
+    assert len(caches) == 3 and all(path.split("/")[1] == "cache" for path in caches)
+    assert ["/cache"] in mounts and ["/hub"] in mounts
+    assert "install -d -m 1777 /cache /hub" in dockerfile
+    named = {volume.split(":")[0] for volume in triton["volumes"]}
+    assert named <= set(document(BASE)["volumes"])
+
+
+@pytest.mark.parametrize("triton", list(_tritons()), ids=["base", "per-gpu"])
+def test_triton_starts_as_an_export_says(triton):
+    assert triton["command"][:3] == ["python3", "/opt/docker/serve.py", "tritonserver"]
+    assert triton["environment"]["MODEL"] == "phi-2-tiny"
+
+
 def test_no_secret_has_a_value():
     for path in [BASE, *OVERRIDES, ROOT / ".env.example"]:
         for line in path.read_text().splitlines():

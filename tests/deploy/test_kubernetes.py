@@ -113,11 +113,19 @@ def test_it_runs_what_compose_runs(documents):
     }
     of = dict(containers(documents))
     asked = [w for w in COMPOSE["triton"]["command"] if "${" not in w]
-    assert set(asked[1:]) <= set(of["triton"]["args"])
+    assert of["triton"]["command"] == asked[:3] and set(asked[3:]) <= set(of["triton"]["args"])
     for name in ("prometheus", "grafana"):
         assert of[name]["image"] == re.search(r":-([^}]+)}", COMPOSE[name]["image"])[1]
     for image, tag in ((i["name"], i["newTag"]) for i in KUSTOMIZATION["images"]):
         assert tag in (FOLDER.parents[1] / "docker-compose.yml").read_text(), image
+
+
+def test_compiled_code_outlives_the_pod(documents):
+    pod = pods(documents)["triton"]
+    (mount,) = (m for m in dict(containers(documents))["triton"]["volumeMounts"] if m["mountPath"] == "/cache")
+    (volume,) = (v for v in pod["volumes"] if v["name"] == mount["name"])
+    assert volume["persistentVolumeClaim"] and not mount.get("readOnly")
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]  # so that it may write there
 
 
 def test_a_busy_triton_is_not_killed(documents):
