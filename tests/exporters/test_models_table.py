@@ -152,5 +152,13 @@ def test_the_data_knows_every_backend_and_precision():
 
 def test_the_served_model_refuses_what_the_table_refuses(runtime):
     pytest.importorskip("torch")
-    major, minor = runtime("llm_quantised").FP8_CAPABILITY
-    assert least_capability("torch-eager", "fp8") == float(f"{major}.{minor}")
+    devices, fp8 = runtime("devices"), runtime("llm_quantised").FP8_CAPABILITY
+    for backend, precision, least in (
+        ("torch-eager", "fp8", fp8),
+        ("torch-compile", "fp8", fp8),
+        ("torch-compile", "fp16", devices.COMPILER_CAPABILITY),
+        ("torch-compile", "bf16", devices.BF16_CAPABILITY),
+        ("torch-compile", "int8", devices.BF16_CAPABILITY),
+        ("vllm-python", "fp16", runtime("vllm_engine").CAPABILITY),
+    ):
+        assert least_capability(backend, precision) == float(devices.dotted(least)), (backend, precision)
