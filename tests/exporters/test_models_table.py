@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ V100 = Gpu("Tesla V100-SXM2-16GB", 7.0, 16 * GIB, 16 * GIB)
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 8.0, 80 * GIB, 80 * GIB)
 L40S = Gpu("NVIDIA L40S", 8.9, 46068 << 20, 45500 << 20)
 H100 = Gpu("NVIDIA H100 80GB HBM3", 9.0, 81559 << 20, 81000 << 20)
+BACKENDS = Path(__file__).parents[2] / "docs" / "backends.md"
 MACHINES = {"none": [], "gtx": [GTX_1080], "v100": [V100] * 2, "l40s": [L40S] * 2, "h100": [H100]}
 CATALOGUE = list(load_catalogue().values())
 
@@ -162,3 +164,17 @@ def test_the_served_model_refuses_what_the_table_refuses(runtime):
         ("vllm-python", "fp16", runtime("vllm_engine").CAPABILITY),
     ):
         assert least_capability(backend, precision) == float(devices.dotted(least)), (backend, precision)
+
+
+def test_the_document_names_the_capabilities_of_the_data():
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\| ([^|]*) \|[^|]*\|$", BACKENDS.read_text(), re.M)
+    told = {}
+    for backend, least in rows:
+        told.setdefault(backend, least)
+    assert set(told) == set(needs_table()["backend"])
+    for backend, least in told.items():
+        least = told["vllm"] if least == "the same" else least
+        capability = needs_table()["backend"][backend]["capability"]
+        assert least.startswith(str(capability) if capability else "any"), backend
+        for precision, text in re.findall(r"([a-z]+\d+)[^():;]*: ([\d.]+)", least.replace(", int8", "")):
+            assert least_capability(backend, precision) == float(text), (backend, precision)
