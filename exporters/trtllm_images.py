@@ -95,11 +95,13 @@ def _having(path: str) -> list[Image]:
 
 
 def _wanted(path: str, wanted: str, model_class: str) -> Image:
-    """The row of the table with the tag of `wanted`, under that name: a site may have its own registry."""
+    """The row of the table with the tag of `wanted`, under that name: a site may have its own registry. The tag alone,
+    such as 26.03, is NVIDIA's."""
     if not IMAGE_NAME.fullmatch(wanted):
         raise UserError(f"bad --image {wanted!r}; give one like {images()[0].name}")
     match = TAG.search(wanted)
-    image = next((image for image in images() if match and image.tag == match[1]), None)
+    tag = match[1] if match else wanted
+    image = next((image for image in images() if image.tag == tag), None)
     choice = f"choose one of: {', '.join(image.tag for image in _having(path))}"
     if image is None:
         other = " or use --backend tensorrtllm-llmapi" if path == ENGINES and not why_not(LLMAPI, model_class) else ""
@@ -111,4 +113,4 @@ def _wanted(path: str, wanted: str, model_class: str) -> Image:
         raise UserError(
             f"--image {image.tag} has TensorRT-LLM {image.trtllm}, whose {path} this exporter cannot use; {choice}"
         )
-    return replace(image, name=wanted)
+    return replace(image, name=wanted) if match else image

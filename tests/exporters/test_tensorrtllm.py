@@ -135,6 +135,7 @@ def test_the_newest_image_that_the_driver_runs(driver, tag):
         ((ENGINES, "PhiForCausalLM", None, "--privileged"), "bad --image"),
         ((LLMAPI, "LlamaForCausalLM", None, "--privileged; rm -rf /"), "bad --image"),
         ((LLMAPI, "LlamaForCausalLM", None, f"{TRITON}:24.10-trtllm-python-py3"), "24.10 has .*whose llmapi"),
+        ((LLMAPI, "LlamaForCausalLM", None, "24.10"), "24.10 has .*whose llmapi"),
         ((LLMAPI, "LlamaForCausalLM", None, f"{TRITON}:26.07-py3"), "not in the table"),
         ((ENGINES, "PhiForCausalLM", None, "a b"), "bad --image"),
     ],
@@ -148,6 +149,7 @@ def test_why_there_is_no_image(arguments, message):
 def test_an_image_of_another_registry_is_used_under_its_own_name():
     image = pick(LLMAPI, "LlamaForCausalLM", None, "registry.site:5000/triton:26.03-trtllm-python-py3")
     assert (image.name, image.trtllm) == ("registry.site:5000/triton:26.03-trtllm-python-py3", "1.2.0")
+    assert pick(LLMAPI, "LlamaForCausalLM", None, "26.03").name == f"{TRITON}:26.03-trtllm-python-py3", "a tag alone"
 
 
 @pytest.mark.parametrize("model", ["phi-2", "phi-2-tiny", "phi-3.5-moe"])
