@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from exporters.errors import UserError
+from exporters.layout import import_path
 
 CATALOGUE_FILE = Path(__file__).with_name("models.toml")
 
@@ -77,17 +79,54 @@ def find_model(name: str) -> Model:
     return catalogue[name]
 
 
-def check_parameters(model: Model) -> None:
-    """A UserError unless the classes of the installed transformers have exactly the parameters that the catalogue says:
-    otherwise the architecture is not the model's. Counted on the meta device: no memory, a second or two."""
+def check_parameters(model: Model, config: Any = None) -> None:
+    """A UserError unless the installed classes make exactly the parameters that the catalogue says, of each part of a
+    pipeline too: otherwise the architecture is not the model's. `config` is that of real weights, else the catalogue's.
+    Counted on the meta device: no memory, a second or two."""
+    for name, needed, count in _counts(model, config):
+        if count != needed:
+            raise UserError(
+                f"{name} has {count:,} parameters here, {needed:,} in the catalogue; the installed transformers or"
+                " diffusers builds another architecture: install the versions of the extra, pip install"
+                " 'tritonmark[embedded]', or correct models.toml"
+            )
+
+
+def _counts(model: Model, config: Any) -> Iterator[tuple[str, int, int]]:
+    """(name, parameters of the catalogue, parameters here) of each network."""
+    if model.parts:
+        with import_path():
+            from video_weights import count_parameters
+        for name, part in model.parts.items():
+            if "parameters" in part:
+                yield f"{model.name}: its {name}", part["parameters"], count_parameters(name, part)
+        return
     import torch
     import transformers
 
+    config = config or getattr(transformers, model.config_class)(**model.config)
     with torch.device("meta"):
-        network = getattr(transformers, model.model_class)(getattr(transformers, model.config_class)(**model.config))
-    found = sum(weight.numel() for weight in network.parameters())
-    if found != model.parameters:
-        raise UserError(
-            f"{model.name} has {found:,} parameters here, {model.parameters:,} in the catalogue; transformers"
-            f" {transformers.__version__} builds another architecture, or its entry in models.toml is wrong"
-        )
+        network = getattr(transformers, model.model_class)(config)
+    yield model.name, model.parameters, sum(weight.numel() for weight in network.parameters())
+
+
+def first_difference(needed: Any, found: Any, name: str = "") -> str:
+    """`hidden_size 64 and not 2560` of the first value that differs, or nothing. What `found` lacks, or has as None, is
+    its class's own default and no difference; of a mapping only what is needed is compared."""
+    if found is None:
+        return ""
+    if isinstance(needed, Mapping) and isinstance(found, Mapping):
+        pairs = [(f"{name}.{key}".lstrip("."), value, found.get(key)) for key, value in needed.items()]
+    elif isinstance(needed, list | tuple) and isinstance(found, list | tuple):
+        if len(needed) != len(found):
+            return f"{name} of {len(found)} values and not {len(needed)}"
+        pairs = [(f"{name}[{k}]", *both) for k, both in enumerate(zip(needed, found, strict=True))]
+    else:
+        return "" if _equal(needed, found) else f"{name} {found} and not {needed}"
+    return next(filter(None, (first_difference(value, other, key) for key, value, other in pairs)), "")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6)  # some were written in 32 bit
+    return bool(one == other)

@@ -18,6 +18,7 @@ from exporters.errors import UserError
 from exporters.export import export_model, plan_export
 from exporters.gpus import find_gpus
 from exporters.models_table import model_entry, models_table
+from exporters.reference import read_prompts
 from exporters.registry import Build
 from exporters.server import TritonServer
 from exporters.verify import verify_export
@@ -93,9 +94,10 @@ def export(
         tp=tp,
         build=build,
         force=force,
-        reference=(REFERENCE_ANSWERS if verify or model.endswith("-tiny") else 0) if reference is None else reference,
+        reference=_answers(model, reference, reference_prompts, verify),
         reference_prompts=reference_prompts,
         reference_clip=reference_clip,
+        verify=verify,
         on_progress=click.echo if backend.startswith("tensorrtllm") else None,  # the others take seconds
     )
     click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")
@@ -103,6 +105,15 @@ def export(
         outcome = verify_export(folder, click.echo)
         click.echo(outcome.line, err=not outcome.passed)
         sys.exit(0 if outcome.passed else 3)
+
+
+def _answers(model: str, wanted: int | None, source: Path | None, verify: bool) -> int:
+    """How many reference answers: as wanted, else all prompts of a given file up to the default, else the default."""
+    if wanted is not None:
+        return wanted
+    if source:
+        return min(REFERENCE_ANSWERS, len(read_prompts(source)))
+    return REFERENCE_ANSWERS if verify or model.endswith("-tiny") else 0
 
 
 class _Stop(Exception):  # noqa: N818 (a request, not an error)

@@ -20,11 +20,14 @@ from typing import Any
 
 from exporters import layout, reference
 from exporters.errors import UserError
+from exporters.registry import Order
 from exporters.server import TritonServer
+from exporters.vllm import loads_drawn_weights
 
 AT_ONCE = 8  # requests in flight, so that batches of different lengths are tested too
 TIMEOUT_S = 600.0
 UNLIKELY = 0.01
+CONTAINERS = ("vllm", "tensorrtllm", "tensorrtllm-llmapi")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,20 @@ def is_likely(wrong: int, compared: int, allowed: float) -> bool:
     from scipy.special import bdtrc
 
     return float(bdtrc(wrong - 1, compared, allowed)) > UNLIKELY
+
+
+def check_verifiable(order: Order, answers: int) -> None:
+    """A UserError where what `order` makes could not be verified, so that nothing is exported in vain."""
+    elsewhere = order.backend in CONTAINERS or (order.backend == "vllm-python" and not loads_drawn_weights(order))
+    if elsewhere:
+        raise UserError(
+            f"--verify: {order.backend} runs in its own container, or has no weights in the export to compare with, so"
+            f" {order.model.name} cannot be verified here; leave it out, and use `tritonmark run accuracy`"
+        )
+    if not answers:
+        raise UserError(
+            "--verify compares with reference answers, and --reference 0 stores none; leave one of them out"
+        )
 
 
 def verify_export(folder: Path, on_progress: Callable[[str], None] | None = None) -> Outcome:

@@ -9,20 +9,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from exporters.catalogue import Model
+from exporters.catalogue import Model, check_parameters, first_difference
 from exporters.config_pbtxt import ModelConfig, Tensor
+from exporters.disk import require_space
 from exporters.errors import UserError
-from exporters.layout import RUNTIME, copy_runtime
+from exporters.hub import HUB, SYNTHETIC, loading, locate, require_cache_space
+from exporters.layout import copy_runtime, import_path
 from exporters.registry import Order, exporter
-from exporters.weights import CORPUS, HUB, SYNTHETIC, import_path
+from exporters.weights import CORPUS, train_tokenizer
 
 RUNTIME_FILES = (
     "devices", "request_fields", "settings_file", "triton_model", "video_engine", "video_output", "video_request",
     "video_tensorrt", "video_weights",
 )  # fmt: skip
 NETWORKS = ("transformer", "vae", "text_encoder")
-TOKENIZER_SIZE = 2048  # ids of the trained substitute, the two special ones included
-PAD, END = "<pad>", "</s>"  # T5's own special tokens, with T5's ids 0 and 1
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>"}  # T5's own special tokens, with T5's ids 0 and 1
 UNCHECKED = ("dropout", "dropout_rate", "tie_word_embeddings")  # no part of what an encoder or a sampler computes
 EXACT = "exact"  # the work that the model's settings do unless an operator changes them: see runtime/video_engine.py
 
@@ -118,9 +119,10 @@ def write_weights(order: Order, folder: Path) -> dict[str, Any]:
     import diffusers
     import torch
 
-    train_tokenizer(folder / "tokenizer")
+    # In place of T5's sentencepiece file, which no package carries. Its ids mean nothing to real weights.
+    train_tokenizer(folder / "tokenizer", SPECIAL, ends=True)
     if order.model.synthetic_on_disk:
-        with import_path(RUNTIME):
+        with import_path():
             from video_weights import DTYPES, draw_network
         for name in NETWORKS:
             network = draw_network(name, order.model.parts[name], order.seed, DTYPES[order.precision], "cpu")
@@ -129,83 +131,42 @@ def write_weights(order: Order, folder: Path) -> dict[str, Any]:
             "tokenizer": f"trained on {CORPUS.name}, not T5's"}  # fmt: skip
 
 
-def check_parameters(model: Model) -> None:
-    """Each network has exactly the parameters that the catalogue says; else the architecture is not the model's."""
-    with import_path(RUNTIME):
-        from video_weights import count_parameters
-    for name in NETWORKS:
-        part = model.parts[name]
-        found = count_parameters(name, part)
-        if found != part["parameters"]:
-            raise UserError(
-                f"{model.name}: its {name} has {found:,} parameters here, {part['parameters']:,} in the catalogue;"
-                " the installed diffusers or transformers builds another architecture: install the versions of the"
-                " extra, pip install 'tritonmark[embedded]'"
-            )
-
-
-def train_tokenizer(folder: Path) -> None:
-    """A byte-level BPE on the corpus in place of T5's sentencepiece file, which no package carries: same special
-    tokens, same end token behind each text. Its ids mean nothing to real weights."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # sorted: equal exports have equal hashes
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=TOKENIZER_SIZE, special_tokens=[PAD, END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([CORPUS.read_text(encoding="utf-8")], trainer)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END).save_pretrained(folder)
-
-
 def _write_pretrained(order: Order, folder: Path) -> dict[str, Any]:
     """A pipeline's weights from the hub or a local folder of `save_pretrained`, converted to the precision."""
-    with import_path(RUNTIME):
+    with import_path():
         from video_weights import DTYPES, load_network
     import transformers
 
-    where, options, source = _locate(order)
+    where, options, source = locate(order.model, order.weights)
     dtype = DTYPES[order.precision]
-    try:
+    with loading(order.model, order.weights):
+        for name in NETWORKS:  # before much is read or written
+            _check_architecture(order.model, name, _config_file(where, name, options))
+        if order.weights == HUB:
+            require_cache_space(order.model)
+        require_space(folder, order.model.parameters * dtype.itemsize, f"{order.model.name} in {order.precision}")
         for name in NETWORKS:
             kind = order.model.parts[name]["class"]
             network = load_network(name, kind, where, dtype, subfolder=name, **options)
-            _check_architecture(order.model, name, network.config)
             network.save_pretrained(folder / name)
             del network
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, subfolder="tokenizer", **options)
         tokenizer.save_pretrained(folder / "tokenizer")
-    except (OSError, ValueError, ImportError) as error:
-        line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-        raise UserError(f"cannot load {name} of {where}: {line}; or use --weights synthetic") from None
     return source
 
 
-def _locate(order: Order) -> tuple[str, dict, dict]:
-    """(what from_pretrained takes, its options, the manifest's source)."""
-    if order.weights != HUB:
-        path = Path(order.weights).expanduser()
-        missing = [name for name in (*NETWORKS, "tokenizer") if not (path / name).is_dir()]
-        if missing:
-            raise UserError(
-                f"weights {order.weights!r}: no folder {missing[0]} there; pass 'hub', 'synthetic' or a folder of"
-                " CogVideoXPipeline.save_pretrained"
-            )
-        return str(path), {"local_files_only": True}, {"kind": "local", "folder": path.name}
-    if not order.model.hub_id:
-        raise UserError(f"{order.model.name} is not on the hub; export it with --weights synthetic")
-    revision = order.model.revision or "main"
-    return order.model.hub_id, {"revision": revision}, {"kind": HUB, "hub_id": order.model.hub_id, "revision": revision}
+def _config_file(where: str, name: str, options: dict) -> Path:
+    if "revision" not in options:
+        return Path(where) / name / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(where, f"{name}/config.json", **options))
 
 
-def _check_architecture(model: Model, name: str, config: Any) -> None:
+def _check_architecture(model: Model, name: str, file: Path) -> None:
     """Weights of another size are refused, not served under this model's name."""
-    for key, expected in model.parts[name]["config"].items():
-        found = config.get(key) if hasattr(config, "get") else getattr(config, key, None)
-        found = list(found) if isinstance(found, tuple) else found
-        if key not in UNCHECKED and found is not None and found != expected:
-            raise UserError(f"its {name} has {key} {found}, but {model.name} needs {expected}")
+    needed = {key: value for key, value in model.parts[name]["config"].items() if key not in UNCHECKED}
+    if different := first_difference(needed, json.loads(file.read_text(encoding="utf-8"))):
+        raise UserError(
+            f"the {name} of these weights has {different} as {model.name} needs; export the model that they are of"
+        )

@@ -1,4 +1,4 @@
-"""Weights and tokenizer of a language model, written as transformers does. The only file that touches the hub.
+"""Weights and tokenizer of a language model, written as transformers does.
 
 Three kinds: `hub` (the pinned revision), a local folder, `synthetic` (the exact architecture, seeded random values). A
 synthetic export also trains its tokenizer, on `data/corpus.txt`, so nothing at all is downloaded. Files of real weights
@@ -8,25 +8,30 @@ are linked or copied as they are, never loaded: the runtime converts while it re
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
+import logging
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporters.catalogue import Model, check_parameters
+from exporters.catalogue import Model, check_parameters, first_difference
+from exporters.disk import require_space
 from exporters.errors import UserError
+from exporters.hub import HUB, SYNTHETIC, loading, locate, require_cache_space
+from exporters.layout import import_path
 
 CORPUS = Path(__file__).with_name("data") / "corpus.txt"
 TOKENIZER_SIZE = 2048  # ids, of which 256 are bytes and one is the end token
 END_TOKEN = "<|endoftext|>"
 HUB_ARCHITECTURES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}  # class of transformers -> name in the hub's config.json
-HUB, SYNTHETIC = "hub", "synthetic"
+# No part of what is computed: dropout, routing in training, and the end tokens, which the folder's tokenizer has.
+UNCHECKED = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise", "input_jitter_noise",
+             "router_aux_loss_coef", "bos_token_id", "eos_token_id")  # fmt: skip
+ROPE_WARNINGS = ("Unrecognized keys in `rope_parameters`",
+                 "has set a `rope_parameters['original_max_position_embeddings']` field")  # fmt: skip
 READABLE = 0o644  # mode of a served file; an export sets it, which must not reach the user's own files
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,9 @@ class Written:
     draw_on_load: bool = False  # no weights on disk; the runtime draws them from the seed
 
 
-def train_tokenizer(folder: Path) -> int:
-    """Train a byte-level BPE on the corpus and save it; returns the number of ids. Id 0 is the end token."""
+def train_tokenizer(folder: Path, special: Mapping[str, str] | None = None, ends: bool = False) -> int:
+    """Train a byte-level BPE on the corpus and save it; returns the number of ids. `special` are its special tokens by
+    role, which get the first ids in their order (default: id 0 begins and ends); `ends` puts the end behind a text."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -48,12 +54,18 @@ def train_tokenizer(folder: Path) -> int:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # sorted: equal exports have equal hashes
+    special = special or {"eos_token": END_TOKEN, "bos_token": END_TOKEN}
+    first = list(dict.fromkeys(special.values()))
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=TOKENIZER_SIZE, special_tokens=[END_TOKEN], initial_alphabet=alphabet, show_progress=False
+        vocab_size=TOKENIZER_SIZE, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([CORPUS.read_text(encoding="utf-8")], trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, bos_token=END_TOKEN)
-    wrapped.save_pretrained(folder)
+    if ends:
+        end = special["eos_token"]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, first.index(end))]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return tokenizer.get_vocab_size()
 
 
@@ -63,7 +75,7 @@ def write_synthetic(model: Model, precision: str, seed: int, folder: Path) -> Wr
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    with import_path(Path(__file__).with_name("runtime")):
+    with import_path():
         from llm_weights import DTYPES, draw_weights
     check_parameters(model)
     decodable = train_tokenizer(folder)
@@ -91,22 +103,18 @@ def write_pretrained(model: Model, precision: str, weights: str, folder: Path) -
     transformers', is the model loaded and saved anew, which needs memory for all of it.
     """
     import transformers
-    from safetensors import SafetensorError
 
-    with import_path(Path(__file__).with_name("runtime")):
+    with import_path():
         from llm_weights import DTYPES
-    where, options, source = _locate(model, weights)
-    try:
+    where, options, source = locate(model, weights)
+    with loading(model, weights):
         config, tokenizer = _describe(model, where, options)
-        files = _weight_files(model, config, where, options, weights, folder)
+        files = _weight_files(model, config, where, options, weights)
         if files:
             _place(files, folder)
         else:
-            _require_space(folder, model.parameters * DTYPES[precision].itemsize, f"{model.name} in {precision}")
-            network = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=DTYPES[precision], **options)
-            network.save_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(_reason(model, where, weights, error)) from None
+            require_space(folder, model.parameters * DTYPES[precision].itemsize, f"{model.name} in {precision}")
+            _convert(model, where, options, DTYPES[precision], folder)
     config.architectures = [model.model_class]
     config.dtype = DTYPES[precision]
     config.save_pretrained(folder)
@@ -119,13 +127,32 @@ def write_pretrained(model: Model, precision: str, weights: str, folder: Path) -
 
 
 def _describe(model: Model, where: str, options: dict) -> tuple:
-    """Configuration and tokenizer of `where`. A UserError where it holds another architecture."""
+    """Configuration and tokenizer of `where`. A UserError where it holds another architecture than the catalogue's."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(where, **options)
     if type(config).__name__ != model.config_class:
         raise UserError(f"{where} holds a {type(config).__name__}, but {model.name} needs a {model.config_class}")
+    # Both as the class completes them: configurations of other versions have other names and leave out defaults.
+    needed = getattr(transformers, model.config_class)(**model.config)
+    names = [*(name for name in model.config if name not in UNCHECKED), "rope_parameters"]
+    needed = {name: getattr(needed, name) for name in names if hasattr(needed, name)}
+    if different := first_difference(needed, {name: getattr(config, name, None) for name in needed}):
+        raise UserError(f"{where} has {different} as {model.name} needs; export the model that these weights are of")
+    check_parameters(model, config)
     return config, transformers.AutoTokenizer.from_pretrained(where, **options)
+
+
+def _convert(model: Model, where: str, options: dict, dtype, folder: Path) -> None:
+    """Load weights of another format and save them as safetensors; parameters that are missing are not made up."""
+    import transformers
+
+    network, found = transformers.AutoModelForCausalLM.from_pretrained(
+        where, dtype=dtype, output_loading_info=True, **options
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{where} has no {missing[0]}, so it is no whole {model.model_class}; take other weights")
+    network.save_pretrained(folder)
 
 
 def _end_ids(config, tokenizer, where: str, options: dict) -> list[int]:
@@ -139,20 +166,18 @@ def _end_ids(config, tokenizer, where: str, options: dict) -> list[int]:
     return [end_ids] if isinstance(end_ids, int) else list(end_ids or [])
 
 
-def _weight_files(model: Model, config, where: str, options: dict, weights: str, folder: Path) -> list[Path]:
+def _weight_files(model: Model, config, where: str, options: dict, weights: str) -> list[Path]:
     """Safetensors and their index that the runtime can read; empty where they have to be made."""
     import torch
     import transformers
 
-    with import_path(Path(__file__).with_name("runtime")):
+    with import_path():
         from llm_weights import Checkpoint
     path = Path(where)
     if weights == HUB:
-        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub import snapshot_download
 
-        cache = Path(constants.HF_HUB_CACHE)
-        there = sum(blob.stat().st_size for blob in cache.glob(f"models--{where.replace('/', '--')}/blobs/*"))
-        _require_space(cache, model.parameters * 2 - there, f"{where} in the hub's cache")  # the hub has 16 bit
+        require_cache_space(model)
         found = snapshot_download(where, **options, allow_patterns=["*.safetensors", "model.safetensors.index.json"])
         path = Path(found)
     files = [*path.glob("*.safetensors"), *path.glob("model.safetensors.index.json")]
@@ -171,7 +196,7 @@ def _place(files: list[Path], folder: Path) -> None:
     device = folder.stat().st_dev
     linkable = [f.stat().st_dev == device and f.stat().st_mode & 0o777 == READABLE for f in sources]
     rest = sum(f.stat().st_size for f, links in zip(sources, linkable, strict=True) if not links)
-    _require_space(folder, rest, "a copy of the weights")
+    require_space(folder, rest, "a copy of the weights")
     for file, source, links in zip(files, sources, linkable, strict=True):
         target = folder / file.name
         if links:
@@ -181,16 +206,6 @@ def _place(files: list[Path], folder: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _require_space(folder: Path, needed: float, what: str) -> None:
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"{what} needs {needed / GB:.1f} GB on disk, {existing} has {free / GB:.1f} GB free; free some, or choose"
-            " another disk with --out (HF_HOME for the hub's cache)"
-        )
-
-
 def write_outline(model: Model, precision: str, weights: str, seed: int, folder: Path) -> Written:
     """Configuration and tokenizer without weights, for an engine that reads or draws the weights itself.
 
@@ -198,9 +213,10 @@ def write_outline(model: Model, precision: str, weights: str, seed: int, folder:
     """
     import transformers
 
-    with import_path(Path(__file__).with_name("runtime")):
+    with import_path():
         from llm_weights import DTYPES
     if weights == SYNTHETIC:
+        check_parameters(model)
         decodable = train_tokenizer(folder)
         config = getattr(transformers, model.config_class)(**model.config)
         config.architectures = [HUB_ARCHITECTURES.get(model.model_class, model.model_class)]
@@ -215,58 +231,19 @@ def write_outline(model: Model, precision: str, weights: str, seed: int, folder:
         (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         source = {"kind": SYNTHETIC, "seed": seed, "tokenizer": CORPUS.name}
         return Written(source, [0], decodable, draw_on_load=True)
-    where, options, source = _locate(model, weights)
-    try:
+    where, options, source = locate(model, weights)
+    with loading(model, weights):
         config, tokenizer = _describe(model, where, options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(_reason(model, where, weights, error)) from None
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Written(source, _end_ids(config, tokenizer, where, options), len(tokenizer))
 
 
-def _locate(model: Model, weights: str) -> tuple[str, dict, dict]:
-    """(what from_pretrained takes, its options, the manifest's source)."""
-    if weights != HUB:
-        path = Path(weights).expanduser()
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"weights {weights!r}: no config.json there; pass 'hub', 'synthetic' or a folder of save_pretrained"
-            )
-        return str(path), {"local_files_only": True}, {"kind": "local", "folder": path.name}
-    if not model.hub_id:
-        raise UserError(f"{model.name} is not on the hub; export it with --weights synthetic")
-    revision = model.revision or "main"
-    return model.hub_id, {"revision": revision}, {"kind": HUB, "hub_id": model.hub_id, "revision": revision}
+def hush_rope_keys() -> None:
+    """transformers warns of the names that it gives PhiMoE's rope parameters itself, whenever it makes that model."""
+    logging.getLogger("transformers.modeling_rope_utils").addFilter(_is_about_other_than_rope_keys)
 
 
-def _reason(model: Model, where: str, weights: str, error: Exception) -> str:
-    """One line for what `from_pretrained` and the hub's client raise; transformers wraps the client's errors."""
-    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full: {first_line}; free some, or choose another --out (HF_HOME for the hub's cache)"
-    if weights != HUB:
-        return f"cannot load weights from {where}: {first_line}"
-    chain = [error, error.__cause__, error.__context__]
-    kinds, text = {type(link).__name__ for link in chain}, " ".join(map(str, chain)).lower()
-    instead = "or use --weights synthetic, or a local folder"
-    if "invalid" in text and "token" in text:
-        advice = "the hub does not know the token in HF_TOKEN or of `hf auth login`; make a new one"
-    elif model.gated and ("GatedRepoError" in kinds or "gated" in text or "401" in text or "403" in text):
-        advice = f"it is gated: accept its licence at https://huggingface.co/{where}, then `hf auth login`"
-    elif model.gated:
-        advice = "it is also gated: accept its licence and log in with `hf auth login`"
-    else:
-        return f"cannot fetch {where} from the hub: {first_line}; {instead}"
-    return f"cannot fetch {where} from the hub: {first_line} ({advice}); {instead}"
-
-
-@contextlib.contextmanager
-def import_path(folder: Path) -> Iterator[None]:
-    """Import the runtime's modules the way Triton does: by their bare names, from their own folder."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
+def _is_about_other_than_rope_keys(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return not any(words in said for words in ROPE_WARNINGS)

@@ -53,7 +53,7 @@ def test_fp8_of_llama_is_what_one_gpu_of_80_gb_holds():
 @pytest.mark.parametrize("model", load_catalogue().values(), ids=lambda model: model.name)
 def test_every_entry_is_whole(model):
     assert model.licence and model.precisions and model.mlperf and set(model.runtime) >= {"threads"}
-    assert not model.hub_id or model.family == "video" or len(model.revision) == 40
+    assert not model.hub_id or len(model.revision) == 40
     assert model.tiny_of in load_catalogue() if model.name.endswith("-tiny") else not model.tiny_of
     if model.tiny_of:
         whole = find_model(model.tiny_of)
@@ -66,6 +66,21 @@ def test_phi_moe_is_served_within_its_short_factors():
     rope = model.config["rope_parameters"]
     assert model.max_context == rope["original_max_position_embeddings"] == 4096
     assert len(rope["short_factor"]) == len(rope["long_factor"]) == 64
+
+
+@pytest.mark.parametrize(("name", "head"), [("phi-3.5-moe", 128), ("phi-3.5-moe-tiny", 16)])
+def test_rope_factors_reach_the_model(name, head, runtime):
+    """They are the model's own, one for each pair of a head's channels, sorted as the model's are."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = find_model(name).config
+    factors = torch.tensor(config["rope_parameters"]["short_factor"])
+    assert (factors.diff() >= 0).all() and factors[0] == 1 and factors[-1] > 1
+    made = transformers.PhimoeConfig(**dict(config, num_hidden_layers=0))
+    with torch.device("cpu"):
+        rotary = transformers.models.phimoe.modeling_phimoe.PhimoeRotaryEmbedding(made)
+    short = runtime("llm_weights").ShortRotary(rotary)
+    plain = 10000.0 ** -(torch.arange(0, head, 2) / head)
+    assert torch.allclose(short.inv_freq, plain / factors, rtol=1e-5) and short.mscale == 1.243163121016122
 
 
 @pytest.mark.parametrize(

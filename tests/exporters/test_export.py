@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from exporters import export as export_module
 from exporters import layout
 from exporters.errors import UserError
-from exporters.export import export_model
+from exporters.export import export_model, plan_export
+from exporters.registry import Build
 
 
 @pytest.fixture(scope="session")
@@ -116,32 +117,18 @@ def test_bad_orders_leave_nothing(tmp_path, options, message):
     assert not list(tmp_path.rglob("config.pbtxt"))
 
 
-def test_unreachable_hub(tmp_path, monkeypatch):
-    import transformers
-
-    def refuse(*args, **kwargs):
-        raise OSError("We couldn't connect to 'https://huggingface.co'\nsecond line")
-
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(UserError, match="cannot fetch microsoft/phi-2 from the hub: We couldn't") as caught:
-        export_model("phi-2", weights="hub", out=tmp_path)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_hub_gets_the_pinned_revision(tmp_path, monkeypatch):
-    import transformers
-
     seen = {}
 
-    def record(where, **options):
-        seen.update(options, where=where)
+    def record(where, file, **options):
+        seen.update(options, where=where, file=file)
         raise OSError("stop here")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", record)
-    with pytest.raises(UserError):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", record)
+    with pytest.raises(UserError, match="cannot fetch microsoft/phi-2 from the hub: stop here; or use"):
         export_model("phi-2", weights="hub", out=tmp_path)
-    assert seen == {"where": "microsoft/phi-2", "revision": "ef382358ec9e382308935a992d908de099b64c23"}
+    revision = "ef382358ec9e382308935a992d908de099b64c23"
+    assert seen == {"where": "microsoft/phi-2", "file": "config.json", "revision": revision}
 
 
 def test_wrong_architecture(tmp_path):
@@ -158,3 +145,40 @@ def test_missing_torch_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "find_exporter", lambda family, backend: build)
     with pytest.raises(UserError, match=r"needs torch; install"):
         export_model("phi-2-tiny", out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "backend", "options", "message"),
+    [
+        ("phi-2", "torch-eager", {"tp": 3}, "--tp 3 does not divide phi-2's num_attention_heads of 32"),
+        ("phi-2", "vllm", {"tp": 1_000_000}, "--tp 1000000 does not divide"),
+        ("phi-2", "vllm-python", {"tp": 3}, "--tp 3 does not divide"),
+        ("llama-3-70b", "torch-eager", {"tp": 16}, "--tp 16 does not divide llama-3-70b's num_key_value_heads of 8"),
+        ("phi-2", "torch-eager", {"tp": 0}, "choose 1 or more"),
+        ("phi-2", "vllm", {"tp": -1}, "choose 1 or more"),
+        ("phi-2", "torch-eager", {"build": Build(pp=2)}, "--pp 2: torch-eager does not do that with phi-2; .* it has --tp"),
+        ("phi-3.5-moe", "vllm", {"build": Build(ep=2)}, "--ep 2: vllm does not do that"),
+        ("llama-3-70b", "tensorrtllm-llmapi", {"build": Build(ep=2)}, "--ep"),
+        ("cogvideox-5b", "torch-eager", {"tp": 2}, "--tp 2: torch-eager does not do that with cogvideox-5b; leave it out"),
+        ("cogvideox-5b", "torch-compile", {"build": Build(pp=2)}, "--pp 2: torch-compile does not do that"),
+    ],
+)  # fmt: skip
+def test_gpus_that_cannot_share_the_model(tmp_path, model, backend, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        export_model(model, backend, out=tmp_path, **options)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_gpus_that_can(tmp_path):
+    """vLLM repeats KV heads where there are more GPUs than heads."""
+    for backend, tp in (("torch-eager", 8), ("vllm", 16)):
+        folder = export_model("llama-3-70b", backend, out=tmp_path, name=backend, tp=tp)
+        assert layout.read_manifest(folder)["tp"] == tp
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "message"), [("phi-2-tiny", "hub", "not on the hub"), ("phi-2", "/nowhere", "no config.json there")]
+)  # fmt: skip
+def test_a_plan_of_weights_that_are_not_there(model, weights, message):
+    with pytest.raises(UserError, match=message):
+        plan_export(model, "tensorrtllm", weights)

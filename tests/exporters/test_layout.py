@@ -1,9 +1,13 @@
 """A model appears complete or not at all, whatever happens while it is written."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
+import pathlib
 import signal
+import tempfile
+import time
 
 import pytest
 
@@ -67,21 +71,124 @@ def test_a_failed_replacement_keeps_the_old_one(tmp_path):
     assert (tmp_path / "m/1/model.py").read_text() == "old"
 
 
-def killed_halfway(out):
+@pytest.mark.parametrize("content", [{}, {"thesis.txt": "x"}, {"manifest.json": "{}"}, {"manifest.json": "[1"}])
+def test_force_replaces_no_folder_of_others(tmp_path, content):
+    (tmp_path / "m").mkdir()
+    for name, text in content.items():
+        (tmp_path / "m" / name).write_text(text)
+    if not content:
+        write(tmp_path, force=True)
+        assert (tmp_path / "m/1/model.py").read_text() == "new"
+        return
+    with pytest.raises(UserError, match=r"m was not written by an export .*--force does not replace it"):
+        write(tmp_path, force=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "m").iterdir()} == content
+
+
+def test_what_appears_in_the_meantime_is_not_replaced_either(tmp_path):
+    with pytest.raises(UserError, match="not written by an export"), layout.staged(tmp_path, "m", force=True):
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m/thesis.txt").write_text("x")
+    assert (tmp_path / "m/thesis.txt").read_text() == "x"
+
+
+def test_the_old_one_is_put_back_where_the_new_one_cannot_be_renamed(tmp_path, monkeypatch):
+    write(tmp_path, content="old")
+    monkeypatch.setattr(layout, "_exchange", lambda first, second: False)
+    rename = pathlib.Path.rename
+
+    def refuse(self, target):
+        if target == tmp_path / "m" and self.name == "m":
+            raise OSError(errno.EIO, "input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
+    with pytest.raises(OSError, match="input/output"):
+        write(tmp_path, force=True)
+    assert (tmp_path / "m/1/model.py").read_text() == "old"
+
+
+def ended_halfway(out, number):
     with layout.staged(out, "m") as folder:
         (folder / "config.pbtxt").write_text("half")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
+        time.sleep(5)
 
 
-def test_a_kill_leaves_nothing_to_load_and_is_swept(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=killed_halfway, args=(tmp_path,))
+def end_halfway(out, number):
+    """The exit code of an export that gets the signal `number`."""
+    process = multiprocessing.get_context("fork").Process(target=ended_halfway, args=(out, number))
     process.start()
     process.join()
-    assert not (tmp_path / "m").exists()
-    assert len(leftovers(tmp_path)) == 1
-    assert not list(tmp_path.glob("*/config.pbtxt"))  # not where Triton looks
-    write(tmp_path)
-    assert leftovers(tmp_path) == []
+    return process.exitcode
+
+
+@pytest.fixture(params=["beside", "inside"])
+def out(request, tmp_path, monkeypatch):
+    """A repository whose exports are staged beside it or, where that is another disk, inside it."""
+    if request.param == "inside":
+        rename = pathlib.Path.rename
+
+        def other_disk(self, target):
+            if self.parent.parent == tmp_path and self.name == "probe":
+                raise OSError(errno.EXDEV, "another disk")
+            return rename(self, target)
+
+        monkeypatch.setattr(pathlib.Path, "rename", other_disk)
+    (tmp_path / "repository").mkdir()
+    return tmp_path / "repository"
+
+
+def test_a_kill_leaves_nothing_to_load_and_is_swept(out):
+    end_halfway(out, signal.SIGKILL)
+    assert not (out / "m").exists()
+    assert len(leftovers(out) + leftovers(out.parent)) == 1
+    assert not list(out.glob("*/config.pbtxt"))  # not where Triton looks
+    write(out)
+    assert leftovers(out) == leftovers(out.parent) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_ordered_end_leaves_nothing(out, number):
+    assert end_halfway(out, number) == 128 + number
+    assert list(out.iterdir()) == [] and leftovers(out.parent) == []
+
+
+def test_a_triton_that_polls_sees_no_staging(tmp_path):
+    with layout.staged(tmp_path / "repository", "m"):
+        assert list((tmp_path / "repository").iterdir()) == []
+
+
+def test_a_parent_that_cannot_be_written(tmp_path, monkeypatch):
+    make = tempfile.mkdtemp
+
+    def refuse(prefix, dir):
+        if dir == tmp_path:
+            raise PermissionError(errno.EACCES, "denied")
+        return make(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(layout.tempfile, "mkdtemp", refuse)
+    write(tmp_path / "repository")
+    assert [path.name for path in (tmp_path / "repository").iterdir()] == ["m"]
+
+
+def test_handlers_of_others_are_left_alone(tmp_path):
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with layout.staged(tmp_path, "m"):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_only_the_staging_of_the_dead_is_swept(tmp_path):
+    (tmp_path / f"{layout.STAGING_PREFIX}dead").mkdir()
+    with layout.staged(tmp_path / "a", "m") as living:
+        assert not (tmp_path / f"{layout.STAGING_PREFIX}dead").exists()
+        write(tmp_path / "b")
+        assert living.is_dir()
 
 
 def write_many(out, content, results):
@@ -128,5 +235,5 @@ def test_missing_and_broken_manifest(tmp_path):
     with pytest.raises(UserError, match="tritonmark export"):
         layout.read_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="--force"):
+    with pytest.raises(UserError, match=r"cannot be read .*; move .* away"):
         layout.read_manifest(tmp_path)

@@ -115,6 +115,22 @@ def test_the_command_s_exit_code(tmp_path, monkeypatch, passed, code):
     assert len((tmp_path / "phi-2-tiny/reference.jsonl").read_text().splitlines()) == 16
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["phi-2-tiny", "--backend", "vllm"], "vllm runs in its own container, .*phi-2-tiny cannot be verified here"),
+        (["phi-2", "--backend", "vllm-python"], "phi-2 cannot be verified here"),
+        (["phi-2", "--backend", "tensorrtllm"], "tensorrtllm runs in its own container"),
+        (["phi-2-tiny", "--reference", "0"], "--reference 0 stores none"),
+        (["cogvideox-5b-tiny", "--reference", "0"], "--reference 0 stores none"),
+    ],
+)
+def test_what_cannot_be_verified_is_not_exported(tmp_path, words, message):
+    result = CliRunner().invoke(cli_module.cli, ["export", *words, "--out", str(tmp_path / "out"), "--verify"])
+    assert isinstance(result.exception, UserError) and re.search(message, str(result.exception))
+    assert "\n" not in str(result.exception) and not (tmp_path / "out").exists()
+
+
 @pytest.mark.live
 def test_the_served_model_agrees(tmp_path):
     told = []

@@ -5,8 +5,10 @@ import concurrent.futures
 import io
 import json
 import math
+import shutil
 import socket
 import time
+import types
 import urllib.error
 import urllib.request
 
@@ -14,10 +16,9 @@ import numpy as np
 import pytest
 
 from exporters import registry
-from exporters.catalogue import find_model
+from exporters.catalogue import check_parameters, find_model
 from exporters.errors import UserError
 from exporters.export import export_model
-from exporters.video import check_parameters
 from exporters.video_reference import MIN_PSNR_DB, prompt_distance, read_references, video_agreement
 
 TINY = "cogvideox-5b-tiny"
@@ -113,13 +114,39 @@ def test_a_local_folder_round_trips_and_a_wrong_one_is_refused(videos, tmp_path)
     weights = videos / TINY / "1/weights"
     folder = export_model(TINY, weights=str(weights), out=tmp_path / "a")
     assert json.loads((folder / "manifest.json").read_text())["source"] == {"kind": "local", "folder": "weights"}
-    with pytest.raises(UserError, match="no folder transformer there"):
+    with pytest.raises(UserError, match=r"no transformer there; pass .* a folder of CogVideoXPipeline"):
         export_model(TINY, weights=str(tmp_path), out=tmp_path / "b")
-    with pytest.raises(UserError, match="its transformer has num_layers 2, but cogvideox-5b needs 42"):
+    with pytest.raises(UserError, match="the transformer of these weights has num_layers 2 and not 42 as cogvideox-5b"):
         export_model("cogvideox-5b", weights=str(weights), out=tmp_path / "b")
     with pytest.raises(UserError, match="not on the hub"):
         export_model(TINY, weights="hub", out=tmp_path / "b")
     assert not list((tmp_path / "b").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (
+            "vae",
+            {"block_out_channels": [8, 16, 16, 32]},
+            r"the vae of these weights has block_out_channels\[3\] 32 and",
+        ),
+        ("text_encoder", {"d_ff": 64}, "the text_encoder of these weights has d_ff 64 and not 128"),
+    ],
+)
+def test_weights_of_another_size_are_refused(videos, tmp_path, part, values, message):
+    source = shutil.copytree(videos / TINY / "1/weights", tmp_path / "source")
+    file = source / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(UserError, match=message):
+        export_model(TINY, weights=str(source), out=tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_disk_is_looked_at_before_weights_are_written(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr("exporters.disk.shutil.disk_usage", lambda folder: types.SimpleNamespace(free=1e6))
+    with pytest.raises(UserError, match=r"cogvideox-5b-tiny in fp32 needs 2\.4 MB, the disk of --out has 1\.0 MB free"):
+        export_model(TINY, weights=str(videos / TINY / "1/weights"), out=tmp_path)
 
 
 def test_psnr():

@@ -1,13 +1,16 @@
 """Weights on their device: drawn, loaded one parameter at a time, in 8 bit; and real ones that cannot be had."""
 
 import dataclasses
-import errno
 import json
+import logging
+import pathlib
+import re
 import shutil
 import types
 
 import pytest
 
+from exporters import disk
 from exporters import weights as weights_module
 from exporters.catalogue import find_model
 from exporters.errors import UserError
@@ -15,6 +18,7 @@ from exporters.export import export_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+SafetensorError = pytest.importorskip("safetensors").SafetensorError
 TINY = ("phi-2-tiny", "phi-3.5-moe-tiny", "llama-3-70b-tiny")
 DECODABLE = 1900
 
@@ -239,64 +243,99 @@ def repository_reference(repository, tmp_path):
 def test_no_space(repository, tmp_path, monkeypatch):
     source = shutil.copytree(repository / "phi-2-tiny/1/weights", tmp_path / "source")
     (source / "model.safetensors").chmod(0o600)
-    monkeypatch.setattr(weights_module.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=10))
-    with pytest.raises(UserError, match=r"a copy of the weights needs 0\.0 GB on disk, .* free some") as caught:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=900e3))
+    said = r"a copy of the weights needs 1\.5 MB, the disk of --out has 900\.0 kB free; .* another --out"
+    with pytest.raises(UserError, match=said) as caught:
         export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out")
     assert "\n" not in str(caught.value) and list((tmp_path / "out").iterdir()) == []
 
 
-def test_no_space_for_the_hub_s_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(weights_module, "_describe", lambda *a: (None, None))
-    monkeypatch.setattr(weights_module.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=100e9))
-    with pytest.raises(
-        UserError, match=r"Meta-Llama-3-70B in the hub's cache needs 141\.1 GB on disk, .* 100\.0 GB free"
-    ):
-        export_model("llama-3-70b", weights="hub", out=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-class GatedRepoError(OSError):
-    """Named like the hub's."""
-
-
-def wrapped(cause):
-    """As transformers raises the errors of the hub's client."""
-    error = OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
-    error.__cause__ = cause
-    return error
+def test_no_space_for_a_conversion(repository, tmp_path, monkeypatch):
+    source = shutil.copytree(repository / "phi-2-tiny/1/weights", tmp_path / "source")
+    (source / "model.safetensors").rename(source / "other.safetensors")
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=900e3))
+    with pytest.raises(UserError, match=r"phi-2-tiny in fp32 needs 1\.5 MB, the disk of --out"):
+        export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
-    [
-        (
-            "llama-3-70b",
-            wrapped(GatedRepoError("401 Client Error")),
-            "accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-70B, then `hf auth login`",
-        ),
-        ("llama-3-70b", OSError("401 Client Error\nUnauthorized for url"), "it is gated: accept its licence"),
-        ("llama-3-70b", OSError("Invalid user token."), "does not know the token in HF_TOKEN"),
-        (
-            "llama-3-70b",
-            OSError("We couldn't connect to 'https://huggingface.co'"),
-            "We couldn't connect .*it is also gated",
-        ),
-        (
-            "phi-3.5-moe",
-            OSError("We couldn't connect to 'https://huggingface.co'"),
-            "cannot fetch microsoft/Phi-3.5-MoE-instruct from the hub: We couldn't",
-        ),
-        ("phi-3.5-moe", OSError(errno.ENOSPC, "No space left on device"), "the disk is full: .*HF_HOME"),
-    ],
-)
-def test_a_hub_that_does_not_give(monkeypatch, tmp_path, name, error, message):
-    def refuse(*args, **kwargs):
+    "error", [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)"),
+              OSError(122, "Disk quota exceeded"), SafetensorError("Error while serializing: I/O error: No space left")],
+)  # fmt: skip
+@pytest.mark.parametrize("call", ["save_pretrained", "write_text"])
+def test_a_disk_that_fills_up(monkeypatch, tmp_path, error, call):
+    """Whatever type the library that writes raises."""
+
+    def fill(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(UserError, match=message) as caught:
-        export_model(name, weights="hub", out=tmp_path)
+    owner = transformers.PreTrainedModel if call == "save_pretrained" else pathlib.Path
+    monkeypatch.setattr(owner, call, fill)
+    with pytest.raises(UserError, match=r"the disk is full, nothing was exported to .*another --out$") as caught:
+        export_model("phi-2-tiny", out=tmp_path)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def changed(repository, folder, **values):
+    """A copy of phi-2-tiny's weights whose configuration says `values`; None takes a name out."""
+    shutil.copytree(repository / "phi-2-tiny/1/weights", folder)
+    config = json.loads((folder / "config.json").read_text()) | values
+    text = json.dumps({name: value for name, value in config.items() if value is not None})
+    (folder / "config.json").write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize("backend", ["torch-eager", "torch-compile", "vllm", "vllm-python"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 128}, "has hidden_size 128 and not 64 as phi-2-tiny needs"),
+        ({"num_hidden_layers": 3}, "has num_hidden_layers 3 and not 2"),
+        ({"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}},
+         "has rope_parameters.rope_theta 500000.0 and not 10000.0"),
+    ],
+)  # fmt: skip
+def test_weights_of_another_size_are_refused(repository, tmp_path, backend, values, message):
+    source = changed(repository, tmp_path / "source", **values)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        export_model("phi-2-tiny", backend, weights=source, out=tmp_path / "out")
+    assert "\n" not in str(caught.value) and list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_small_model_is_not_a_large_one(repository, tmp_path):
+    for backend in ("torch-eager", "vllm"):
+        with pytest.raises(UserError, match="has vocab_size 2048 and not 51200 as phi-2 needs; export the model"):
+            export_model("phi-2", backend, weights=str(repository / "phi-2-tiny/1/weights"), out=tmp_path)
+
+
+def test_configurations_of_other_versions_are_accepted(repository, tmp_path):
+    """As transformers 4 wrote them, with names of later ones too, without what is the default, and with other ids."""
+    old = {"rope_parameters": None, "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_scaling": None}
+    older = {"qk_layernorm": None, "num_key_value_heads": None, "transformers_version": "4.36.2", "dtype": None}
+    newer = {"a_name_of_tomorrow": 7, "use_cache": False, "eos_token_id": [0, 5], "resid_pdrop": 0.1}
+    source = changed(repository, tmp_path / "source", **old, **older, **newer)
+    folder = export_model("phi-2-tiny", weights=source, out=tmp_path / "out")
+    assert json.loads((folder / "1/settings.json").read_text())["source"] == {"kind": "local", "folder": "source"}
+
+
+def test_parameters_that_are_missing_are_not_made_up(repository, tmp_path):
+    source = pathlib.Path(changed(repository, tmp_path / "source"))
+    network = transformers.AutoModelForCausalLM.from_pretrained(source)
+    held = {name: weight for name, weight in network.state_dict().items() if not name.startswith("lm_head")}
+    torch.save(held, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no lm_head.bias, so it is no whole PhiForCausalLM"):
+        export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out")
+
+
+def test_a_rope_warning_is_hushed_and_no_other(caplog):
+    weights_module.hush_rope_keys()
+    log = logging.getLogger("transformers.modeling_rope_utils")
+    log.addHandler(caplog.handler)
+    log.warning("Unrecognized keys in `rope_parameters` for 'rope_type'='longrope': {'short_mscale'}")
+    log.warning("`short_factor` must have length 8")
+    log.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {"`short_factor` must have length 8"}
 
 
 def test_a_broken_file(repository, tmp_path):
@@ -314,3 +353,13 @@ def test_a_synthetic_export_counts_parameters(monkeypatch, tmp_path):
     monkeypatch.setattr(export_module, "find_model", lambda name: wrong)
     with pytest.raises(UserError, match="364,032 parameters here, 7 in the catalogue"):
         export_model("phi-2-tiny", out=tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["vllm", "vllm-python"])
+def test_an_outline_counts_parameters(monkeypatch, tmp_path, backend):
+    from exporters import export as export_module
+
+    wrong = dataclasses.replace(find_model("phi-2"), parameters=7)
+    monkeypatch.setattr(export_module, "find_model", lambda name: wrong)
+    with pytest.raises(UserError, match="2,779,683,840 parameters here, 7 in the catalogue"):
+        export_model("phi-2", backend, out=tmp_path)
