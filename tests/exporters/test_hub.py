@@ -34,7 +34,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             about = {"id": "some/model", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
             self.reply(200, json.dumps(tree if "/tree/" in self.path else about).encode(), {})
         elif file and file.is_file():
-            self.reply(200, file.read_bytes(), {"X-Repo-Commit": COMMIT, "ETag": f'"{file.name}"'})
+            self.reply(200, file.read_bytes(), {"X-Repo-Commit": COMMIT, "ETag": f'"{file.parent.name}-{file.name}"'})
         elif file:
             self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         else:
@@ -126,15 +126,17 @@ def test_no_network(monkeypatch, tmp_path, name):
     assert ("it is also gated: accept its licence" in line) == (name == "llama-3-70b")
 
 
-def test_a_hub_that_gives(fake_hub, repository, tmp_path, monkeypatch):
-    fake_hub.files = repository / "phi-2-tiny/1/weights"
-    model = dataclasses.replace(find_model("phi-2-tiny"), hub_id="some/model", revision=COMMIT)
+@pytest.mark.parametrize("name", ["phi-2-tiny", "cogvideox-5b-tiny"])
+def test_a_hub_that_gives(fake_hub, tmp_path, monkeypatch, name):
+    fake_hub.files = export_model(name, out=tmp_path / "given") / "1/weights"
+    (fake_hub.files / "model_index.json").write_text("{}")  # of a pipeline
+    model = dataclasses.replace(find_model(name), hub_id="some/model", revision=COMMIT)
     monkeypatch.setattr(export_module, "find_model", lambda name: model)
-    folder = export_model("phi-2-tiny", weights="hub", out=tmp_path / "out")
+    folder = export_model(name, weights="hub", out=tmp_path / "out")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["source"] == {"kind": "hub", "hub_id": "some/model", "revision": COMMIT}
-    served, given = (path / "model.safetensors" for path in (folder / "1/weights", fake_hub.files))
-    assert served.read_bytes() == given.read_bytes()
+    for given in fake_hub.files.rglob("*.safetensors"):
+        assert (folder / "1/weights" / given.relative_to(fake_hub.files)).read_bytes() == given.read_bytes()
 
 
 def test_a_full_disk_is_left_to_the_export(monkeypatch, tmp_path):
