@@ -61,6 +61,24 @@ class ScaledLinear(torch.nn.Module):
         return product.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
 
 
+# An operator, since the compiler would make code of its own for each way of sharing tokens out among the experts.
+@torch.library.custom_op("tritonmark::expert_product", mutates_args=())
+def expert_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """One expert after the other, multiplied back: `rows` [R, inputs] sorted by expert, `ends` [experts]."""
+    answer = rows.new_empty(len(rows), weight.shape[1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            answer[start:end] = F.linear(rows[start:end], _back(weight[expert], scale[expert], rows.dtype))
+        start = end
+    return answer
+
+
+@expert_product.register_fake
+def _(rows, weight, scale, ends):
+    return rows.new_empty(rows.shape[0], weight.shape[1])  # len() would fix the number in compiled code
+
+
 class ScaledExperts(torch.nn.Module):
     """Stands in for transformers' experts: `gate_up_proj` [experts, 2 x inner, hidden] and `down_proj` [experts,
     hidden, inner] in 8 bit. Called with hidden states [T, hidden], and experts and their weights, both [T, k]."""
@@ -95,13 +113,7 @@ class ScaledExperts(torch.nn.Module):
                 held, weight.transpose(-2, -1), row_scale.squeeze(-1), scale.squeeze(-1), offs=ends,
                 out_dtype=torch.bfloat16, use_fast_accum=True,
             ).to(rows.dtype)  # fmt: skip
-        answer = rows.new_empty(len(rows), weight.shape[1])
-        start = 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > start:
-                answer[start:end] = F.linear(rows[start:end], _back(weight[expert], scale[expert], rows.dtype))
-            start = end
-        return answer
+        return expert_product(rows, weight, scale, ends)
 
 
 def hold(model: torch.nn.Module, name: str, weight: torch.Tensor, storage: torch.dtype) -> bool:

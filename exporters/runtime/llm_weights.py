@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 from devices import check_capability, check_compiler
-from llm_quantised import FP8_CAPABILITY, STORAGE, hold
+from llm_quantised import FP8_CAPABILITY, GROUPED_CAPABILITY, STORAGE, hold
 from safetensors import safe_open
 
 # What is computed in; the 8-bit precisions of llm_quantised keep activations, embeddings and output layer in bf16.
@@ -150,10 +150,13 @@ def load_model(folder: Path, settings: dict, device: str) -> torch.nn.Module:
     """
     precision = settings["precision"]
     dtype, storage = DTYPES[precision], STORAGE.get(precision)
-    _check_capability(precision, device, settings.get("engine") == "slots")
+    compiled = settings.get("engine") == "slots"
+    _check_capability(precision, device, compiled)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with _default_dtype(dtype), torch.device("meta"):
         model = getattr(transformers, settings["model_class"])(config)
+    if compiled:
+        _check_experts(model, precision, device)
     ranks = settings.get("tp", 1)
     _check_room(model, precision, device, ranks)
     sharder = None
@@ -210,6 +213,19 @@ def _check_capability(precision: str, device: str, compiled: bool = False) -> No
         check_capability("fp8", FP8_CAPABILITY, device, "export in bf16, fp16 or int8")
     if compiled:
         check_compiler(DTYPES[precision], device)
+
+
+def _check_experts(model: torch.nn.Module, precision: str, device: str) -> None:
+    """On a GPU steps are captured, so the host may not ask how many tokens each expert has: what multiplies by one
+    expert after the other does. Transformers' own experts do so too, compiled in other types than bf16."""
+    if not device.startswith("cuda") or all(weight.ndim < 3 for weight in model.parameters()):
+        return
+    if precision == "fp8":
+        check_capability("torch-compile of fp8 experts", GROUPED_CAPABILITY, device, "export in bf16, or torch-eager")
+    elif precision != "bf16":
+        raise ValueError(
+            f"torch-compile cannot capture experts in {precision} on a GPU; export in bf16 or fp8, or torch-eager"
+        )
 
 
 def needed_bytes(model: torch.nn.Module, precision: str) -> int:

@@ -1,4 +1,4 @@
-"""Engine processes behind the real tritonserver: compiled steps with two sending instances, and two ranks."""
+"""Engine processes behind the real tritonserver: compiled steps, in fp8 too, two sending instances, and two ranks."""
 
 import concurrent.futures
 import json
@@ -12,6 +12,7 @@ import pytest
 
 from exporters.export import export_model
 from exporters.server import TritonServer
+from exporters.verify import check_served
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 
@@ -95,3 +96,13 @@ def test_two_ranks_of_llama_answer_as_one_and_end_together(tmp_path):
         assert not processes(server, "llm_link.py")
         assert "engine process has ended" in ask(server, text_input="x", max_tokens=4)[0]["error"]
         assert "rank 1 ended with code -9" in server.log_path.read_text()
+
+
+@pytest.mark.parametrize("name", ["llama-3-70b-tiny", "phi-3.5-moe-tiny"])
+def test_compiled_fp8_agrees(tmp_path, name):
+    """What the published figures were measured with, on the CPU."""
+    folder = export_model(name, "torch-compile", out=tmp_path, reference=16, precision="fp8")
+    with TritonServer(tmp_path, ready_timeout_s=280) as server:
+        assert "run uncompiled" not in server.log_path.read_text()
+        outcome = check_served(folder, server.http_url)
+    assert outcome.passed, outcome.line

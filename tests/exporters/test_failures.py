@@ -172,6 +172,32 @@ def test_what_a_gpu_is_too_old_for_is_said_before_weights_are_read(
         )  # without a message: the empty folder is the next to be refused
 
 
+@pytest.mark.parametrize(
+    ("found", "precision", "message"),
+    [
+        (
+            (9, 0),
+            "fp16",
+            "torch-compile cannot capture experts in fp16 on a GPU; export in bf16 or fp8, or torch-eager",
+        ),
+        ((9, 0), "int8", "torch-compile cannot capture experts in int8"),
+        ((8, 9), "fp8", "torch-compile of fp8 experts needs compute capability 9.0, Some GPU has 8.9; export in bf16"),
+        ((9, 0), "fp8", None),
+        ((9, 0), "bf16", None),
+    ],
+)
+def test_experts_that_cannot_be_captured_are_refused(runtime, gpu, found, precision, message):
+    gpu(*found)
+    check, experts = runtime("llm_weights")._check_experts, torch.nn.ParameterList([torch.empty(4, 2, 2)])
+    check(torch.nn.Linear(2, 2), precision, "cuda:0")
+    check(experts, precision, "cpu")
+    if message is None:
+        return check(experts, precision, "cuda:0")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(experts, precision, "cuda:0")
+    return None
+
+
 def test_a_compiled_video_model_asks_for_the_same(runtime, gpu, tmp_path):
     engine = runtime("video_engine")
     gpu(7, 5)

@@ -1,5 +1,5 @@
 """The torch-compile engine on the CPU: paged cache and scheduling against transformers' own `generate`, and the socket
-between instances and engine process. Steps run uncompiled here; test_compile_live.py runs the compiled ones."""
+between instances and engine process. Steps run uncompiled here; test_engines_live.py runs the compiled ones."""
 
 import importlib
 import json
