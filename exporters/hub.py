@@ -51,7 +51,9 @@ def loading(model: Model, weights: str) -> Iterator[None]:
         if weights == HUB:
             hf_hub_download(where, "model_index.json" if model.parts else "config.json", **options)
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError, *HfHubHTTPError.__bases__) as error:
+    except (
+        OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, *HfHubHTTPError.__bases__
+    ) as error:  # fmt: skip
         if is_full(error):
             raise
         what = _refusal(model, error) if weights == HUB else f"cannot load weights from {where}: {_first_line(error)}"

@@ -183,11 +183,20 @@ def _weight_files(model: Model, config, where: str, options: dict, weights: str)
     files = [*path.glob("*.safetensors"), *path.glob("model.safetensors.index.json")]
     if not ({"model.safetensors", "model.safetensors.index.json"} & {file.name for file in files}):
         return []
+    _require_shards(path)
     with torch.device("meta"):
         network = getattr(transformers, model.model_class)(config)
     checkpoint = Checkpoint(path)
     readable = all(checkpoint.holds(name) for name, _ in network.named_parameters())
     return files if readable else []
+
+
+def _require_shards(path: Path) -> None:
+    """A UserError where a file is missing that the index lists, as after a download that was broken off."""
+    index = path / "model.safetensors.index.json"
+    listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    if missing := sorted(name for name in listed if not (path / name).is_file()):
+        raise UserError(f"{path} has no {missing[0]}, which its {index.name} lists; fetch the weights again")
 
 
 def _place(files: list[Path], folder: Path) -> None:

@@ -148,9 +148,9 @@ def test_a_kill_leaves_nothing_to_load_and_is_swept(out):
     assert leftovers(out) == leftovers(out.parent) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_an_ordered_end_leaves_nothing(out, number):
-    assert end_halfway(out, number) == 128 + number
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 1)])
+def test_an_ordered_end_leaves_nothing(out, number, code):
+    assert end_halfway(out, number) == code
     assert list(out.iterdir()) == [] and leftovers(out.parent) == []
 
 

@@ -328,6 +328,18 @@ def test_parameters_that_are_missing_are_not_made_up(repository, tmp_path):
         export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out")
 
 
+def test_a_shard_that_is_missing_is_named(repository, tmp_path):
+    source = pathlib.Path(changed(repository, tmp_path / "source"))
+    network = transformers.AutoModelForCausalLM.from_pretrained(source)
+    (source / "model.safetensors").unlink()
+    network.save_pretrained(source, max_shard_size="600KB")
+    export_model("phi-2-tiny", weights=str(source), out=tmp_path / "whole")
+    last = max(source.glob("*.safetensors"))
+    last.unlink()
+    with pytest.raises(UserError, match=f"has no {last.name}, which its model.safetensors.index.json lists"):
+        export_model("phi-2-tiny", weights=str(source), out=tmp_path / "out")
+
+
 def test_a_rope_warning_is_hushed_and_no_other(caplog):
     weights_module.hush_rope_keys()
     log = logging.getLogger("transformers.modeling_rope_utils")
