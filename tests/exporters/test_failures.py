@@ -258,3 +258,36 @@ def test_an_engine_process_says_in_one_line_that_memory_ran_out(runtime, tmp_pat
     with pytest.raises(RuntimeError, match=r"1\.31 GiB of 79\.18 GiB were free\); take a smaller precision") as caught:
         link.RemoteEngine(tmp_path / "1" / "weights", settings, "cpu", "m", print)
     assert "max_context" in str(caught.value)
+
+
+@pytest.fixture
+def model_file(runtime, fake_triton):
+    """`model_file(name)` is `llm_model` or `video_model`, imported with Triton faked."""
+    names = ("triton_model", "llm_model", "video_model")
+
+    def forget():
+        for name in names:
+            sys.modules.pop(name, None)
+
+    forget()
+    yield runtime
+    forget()
+
+
+def test_models_say_in_one_line_that_memory_ran_out(model_file, monkeypatch, tmp_path):
+    def engine(*_, **__):
+        raise torch.OutOfMemoryError(TORCHS)
+
+    monkeypatch.setitem(sys.modules, "llm_engine", types.SimpleNamespace(Engine=engine))
+    monkeypatch.delenv("TRITONMARK_ENGINE_PYTHON", raising=False)
+    with pytest.raises(RuntimeError, match=r"GPU memory ran out .* set a smaller max_context.* in config\.pbtxt$"):
+        model_file("llm_model")._engine(tmp_path, {"engine": "batching", "tp": 1}, "cuda:0", "m")
+
+    video, settings = model_file("video_model"), {"device": "cuda:0", "precision": "fp32"}
+    monkeypatch.setattr(video, "read_settings", lambda *_: settings)
+    monkeypatch.setattr(video, "Engine", lambda *_: types.SimpleNamespace(warm_up=engine))  # as CogVideoX-5b in fp32
+    monkeypatch.setattr(video, "use_compile_cache", lambda _: None)
+    with pytest.raises(
+        RuntimeError, match=r"GPU memory ran out .* set a smaller num_frames, height or width in config"
+    ):
+        video.TritonPythonModel().initialize({"model_config": "{}", "model_name": "m"})
