@@ -1,9 +1,10 @@
-"""Compiled decode layers of a transformers model. Runs inside Triton; imports nothing of this project.
+"""Compiled layers of a transformers model, for decode steps and for prompts. Runs inside Triton; imports nothing of
+this project.
 
 Layers are compiled one by one: all are the same code, so one compile serves all of them, and a start takes seconds
-where a whole model takes minutes. Measured on an H100 with Phi-2 (bf16, one sequence): 2.98 ms a step with products
-written as reductions and tuned, 2.63 ms with small kernels combined and activations computed once, and 2.27 ms with the
-two halves of Phi's parallel block on two streams, where reading the weights alone takes 1.75 ms.
+where a whole model takes minutes. Decode steps measured on an H100 with Phi-2 (bf16, one sequence): 2.98 ms with
+products written as reductions and tuned, 2.63 ms with small kernels combined and activations computed once, and 2.27 ms
+with the two halves of Phi's parallel block on two streams, where reading the weights alone takes 1.75 ms.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ CUDA_OPTIONS = {
 
 
 def compile_layers(model: torch.nn.Module, cuda: bool) -> list[Callable]:
-    """The forward functions for the decode step, one for each decoder layer; compiled when they are first called."""
+    """The forward functions for the decode step, one for each decoder layer; compiled when they are first called. On
+    CUDA linear layers themselves are changed, so that prompts run through `_linear` too."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 64
@@ -36,13 +38,10 @@ def compile_layers(model: torch.nn.Module, cuda: bool) -> list[Callable]:
     tuned = all(weight.dtype.itemsize > 1 for weight in layers.parameters())
     options = CUDA_OPTIONS if tuned else {**CUDA_OPTIONS, "coordinate_descent_tuning": False}
     settings = {"options": options} if cuda else {"dynamic": True}
-    if not cuda:
-        return [torch.compile(layer.forward, **settings) for layer in layers]
-    for layer in layers:
-        for module in layer.modules():
-            if type(module) is torch.nn.Linear:
-                module.forward = types.MethodType(_linear, module)
-    if model.config.model_type not in PARALLEL_BLOCKS:
+    for module in layers.modules() if cuda else ():
+        if type(module) is torch.nn.Linear:
+            module.forward = types.MethodType(_linear, module)
+    if not cuda or model.config.model_type not in PARALLEL_BLOCKS:
         return [torch.compile(layer.forward, **settings) for layer in layers]
     side = torch.cuda.Stream()
     add = torch.compile(lambda attended, fed, residual: attended + fed + residual, **settings)
@@ -55,8 +54,8 @@ def compile_prompts(model: torch.nn.Module, backend: str | Callable = "inductor"
 
 
 def _any_length(compiled: Callable) -> Callable:
-    """Sizes that are equal count as different ones: a first prompt as long as the model is wide is compiled for others
-    too."""
+    """`compiled` with equal sizes taken for different ones, or a first prompt as long as the model is wide would be
+    compiled for such prompts only."""
 
     def forward(*positional, **named):
         with torch.fx.experimental._config.patch(use_duck_shape=False):

@@ -48,6 +48,8 @@ class SlotEngine:
     ) -> None:
         if settings["threads"]:
             torch.set_num_threads(settings["threads"])
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # streams, events and graphs are made on the current one
         self._end_ids = set(settings["end_token_ids"])
         self._device = device
         self._deliver = deliver
@@ -61,7 +63,7 @@ class SlotEngine:
         with torch.inference_mode():
             self._steps = Steps(model, device, slots, context, settings["max_batch_tokens"], compiled)
             self._pages = _count_pages(self._steps, settings, tell)
-            self._steps.give_pages(self._pages)
+            llm_paged.give_pages(model, self._pages)
             self._steps.warm_up(tell)
             if self._steps.cuda:
                 tell(f"{torch.cuda.mem_get_info(self._steps.device)[0] / 2**30:.1f} GiB of the device stay free")
@@ -193,7 +195,7 @@ def _count_pages(steps: Steps, settings: dict, tell: Callable[[str], None]) -> i
     if not tokens:
         if not steps.cuda:
             raise ValueError("config.pbtxt: parameter kv_tokens must be set on a CPU")
-        taken = steps.prompt_bytes(tell)
+        taken = steps.step_bytes(tell)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(steps.device)
         free = max(0, free - taken)

@@ -3,7 +3,7 @@ Runs inside Triton; imports nothing of this project. No clock, no thread, no que
 
 What a sequence needs between steps stays on the device, by slot: its last token, its length, its table of pages. A step
 therefore needs no answer of the step before it, and the host may launch ahead. On CUDA every step is captured as a CUDA
-graph for a few batch sizes and prompt lengths; decode steps are compiled too (llm_compile.py).
+graph for a few batch sizes and prompt lengths. Layers are compiled (llm_compile.py), on a CPU for decode steps only.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class Steps:
         self.shapes = prompt_shapes(prompt_tokens, max_context)
         # One sequence alone would be a compile of its own; it pays off on CUDA only.
         self.batches = [size for size in buckets(slots) if size > 1 or self.cuda or slots == 1]
-        self.max_context = max_context
         llm_paged.install(model, max_context)
         integer = {"dtype": torch.int64, "device": self.device}
         self.tokens = torch.zeros(slots + 1, **integer)
@@ -192,7 +191,7 @@ class Steps:
 
     # Making ready ---------------------------------------------------------------------------------------------------
 
-    def prompt_bytes(self, tell: Callable[[str], None]) -> int:
+    def step_bytes(self, tell: Callable[[str], None]) -> int:
         """Device memory, in bytes, that steps take beside weights and cache: what the largest prompts are measured
         to take, and the logits that every graph keeps. On CUDA only. Prompts run uncompiled here: it takes no less."""
         outputs = sum(self.batches) + sum(count for count, _ in self.shapes)
@@ -200,7 +199,7 @@ class Steps:
         return logits + max(self._run_alone(("prompts", *shape), tell) for shape in self._largest_shapes())
 
     def _largest_shapes(self) -> list[tuple[int, int]]:
-        """Of each length the most prompts, if no other shape has more tokens."""
+        """Those with more than half of the most tokens: of each length at most one, that of the most prompts."""
         most = max(count * length for count, length in self.shapes)
         return [(count, length) for count, length in self.shapes if 2 * count * length > most]
 
@@ -214,10 +213,6 @@ class Steps:
         self._run_prompts(*job[1:])
         torch.cuda.synchronize()
         return torch.cuda.max_memory_reserved(self.device) - before
-
-    def give_pages(self, pages: int) -> None:
-        """Make the cache, `pages` long with the scratch page."""
-        llm_paged.give_pages(self.model, pages)
 
     def warm_up(self, tell: Callable[[str], None]) -> None:
         """Compile and capture every shape; `tell` gets a line before each part."""

@@ -167,6 +167,16 @@ def test_one_token_answers_and_a_full_context(slots, ask):
     assert running.tokens["full"] == plain(reference, long, 28)
 
 
+def test_an_engine_works_on_the_gpu_that_it_was_given(runtime, monkeypatch):
+    """Streams and graphs are made on the current device, which is the first one of a process."""
+    module, chosen = importlib.reload(runtime("llm_slots")), []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("too early") if not chosen else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.SlotEngine(None, SETTINGS, "cuda:1", None, lambda text: None)
+    assert chosen == ["cuda:1"]
+
+
 def test_a_cache_on_the_cpu_needs_a_size(slots):
     with pytest.raises(ValueError, match="kv_tokens must be set on a CPU"):
         slots(kv_tokens=0)
@@ -179,7 +189,7 @@ def test_the_cache_leaves_the_room_that_prompts_were_measured_to_take(runtime, m
     steps, said = runtime("llm_steps").Steps(small("llama"), "cpu", 4, 128, 96, compiled=False), []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 << 30))
     monkeypatch.setattr(steps, "cuda", True)
-    monkeypatch.setattr(steps, "prompt_bytes", lambda tell: 163_840)
+    monkeypatch.setattr(steps, "step_bytes", lambda tell: 163_840)
     settings = SETTINGS | {"kv_tokens": 0, "kv_memory_share": 0.4}
     if tokens is None:
         with pytest.raises(ValueError, match="room for 90 tokens"):
@@ -200,7 +210,7 @@ def test_what_prompts_take_is_measured_on_the_largest_of_each_length(runtime, mo
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 1000 + 5000 * ran[-1][1])
     logits = (sum(steps.batches) + 1 + 2 + 4 + 1 + 2 + 1) * 128 * 4
-    assert steps.prompt_bytes(said.append) == 5000 * 128 + logits
+    assert steps.step_bytes(said.append) == 5000 * 128 + logits
     assert ran == [(4, 32), (2, 64), (1, 128)]
     assert said == [f"measuring memory: prompts {count} {length}" for count, length in ran]
 
@@ -243,7 +253,7 @@ def test_prompts_of_all_shapes_are_compiled_twice_and_choose_the_same_tokens(run
     """What CUDA runs, with a compiler that only traces: inductor would take half a minute here."""
     steps = runtime("llm_steps").Steps(small(kind), "cpu", 4, 128, 128, compiled=False)
     compiled = runtime("llm_compile").compile_prompts(steps.model, backend="aot_eager")
-    steps.give_pages(17)
+    runtime("llm_paged").give_pages(steps.model, 17)
     batches = [[7], [9, 40], [20, 30, 31], [33, 60], [100], [5, 6, 7, 8]]
     answers = []
     torch._dynamo.reset()
