@@ -80,8 +80,9 @@ def test_force_replaces_no_folder_of_others(tmp_path, content):
         write(tmp_path, force=True)
         assert (tmp_path / "m/1/model.py").read_text() == "new"
         return
-    with pytest.raises(UserError, match=r"m was not written by an export .*--force does not replace it"):
-        write(tmp_path, force=True)
+    said = r"m was not written by an export .*--force does not replace it"
+    with pytest.raises(UserError, match=said), layout.staged(tmp_path, "m", force=True):
+        pytest.fail("it was found out after the work")
     assert {path.name: path.read_text() for path in (tmp_path / "m").iterdir()} == content
 
 

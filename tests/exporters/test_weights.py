@@ -302,6 +302,14 @@ def test_weights_of_another_size_are_refused(repository, tmp_path, backend, valu
     assert "\n" not in str(caught.value) and list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_size_that_the_catalogue_does_not_have_is_counted(drawn, tmp_path):
+    source = shutil.copytree(drawn["llama-3-70b-tiny"][0], tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"head_dim": 32}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="llama-3-70b-tiny has .* parameters here, 381,248 in the catalogue"):
+        export_model("llama-3-70b-tiny", "vllm", weights=str(source), out=tmp_path / "out")
+
+
 def test_a_small_model_is_not_a_large_one(repository, tmp_path):
     for backend in ("torch-eager", "vllm"):
         with pytest.raises(UserError, match="has vocab_size 2048 and not 51200 as phi-2 needs; export the model"):
