@@ -83,13 +83,14 @@ def check_parameters(model: Model, config: Any = None) -> None:
     """A UserError unless the installed classes make exactly the parameters that the catalogue says, of each part of a
     pipeline too: otherwise the architecture is not the model's. `config` is that of real weights, else the catalogue's.
     Counted on the meta device: no memory, a second or two."""
+    why = (
+        "the installed transformers or diffusers builds another architecture: install the versions of the extra, pip"
+        " install 'tritonmark[embedded]', or correct models.toml"
+    )
+    why = "these weights are of another architecture; export the model that they are of" if config else why
     for name, needed, count in _counts(model, config):
         if count != needed:
-            raise UserError(
-                f"{name} has {count:,} parameters here, {needed:,} in the catalogue; the installed transformers or"
-                " diffusers builds another architecture: install the versions of the extra, pip install"
-                " 'tritonmark[embedded]', or correct models.toml"
-            )
+            raise UserError(f"{name} has {count:,} parameters here, {needed:,} in the catalogue; {why}")
 
 
 def _counts(model: Model, config: Any) -> Iterator[tuple[str, int, int]]:
