@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -105,7 +106,7 @@ def _fill(order: Order, folder: Path) -> dict:
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
         raise UserError(f"exporting needs {missing}; install it with: pip install 'tritonmark[embedded]'") from None
-    facts = _facts(order, json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    facts = _facts(order, json.loads((folder / SETTINGS).read_text(encoding="utf-8"))) | {"code": _code(version)}
     config = replace(config, parameters={**config.parameters, **_provenance(facts)})
     (folder / "config.pbtxt").write_text(render(config), encoding="utf-8")
     return facts
@@ -160,9 +161,17 @@ def _check_spread(model: Model, backend: str, counts: dict[str, int]) -> None:
 def _provenance(facts: dict) -> dict[str, str]:
     """What a load test asks the server about the model, as parameters of its configuration."""
     named = {
-        f"tritonmark.{name}": str(facts[name]) for name in ("model", "backend", "precision", "weights", "seed", "tp")
+        f"tritonmark.{name}": str(facts[name])
+        for name in ("model", "backend", "precision", "weights", "seed", "tp", "code")
     }
     return named | {"tritonmark.tools": json.dumps(facts["tools"])}
+
+
+def _code(version: Path) -> str:
+    """A short hash of the Python files that Triton will run, or "none": runs of equal exports had equal code."""
+    files = sorted(version.glob("*.py"))
+    digest = hashlib.sha256(b"".join(f"{path.name}\0".encode() + path.read_bytes() for path in files))
+    return digest.hexdigest()[:12] if files else "none"
 
 
 def _facts(order: Order, settings: dict) -> dict:

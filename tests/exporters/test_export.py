@@ -43,6 +43,18 @@ def test_config_is_triton_s(repository):
     assert config.parameters["threads"].string_value == "1"
 
 
+def test_other_code_that_triton_runs_has_another_hash(repository, tmp_path):
+    version = repository / "phi-2-tiny" / "1"
+    known = layout.read_manifest(version.parent)["code"]
+    assert known == export_module._code(version) and f'"{known}"' in (version.parent / "config.pbtxt").read_text()
+    for path in version.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert export_module._code(tmp_path) == known
+    (tmp_path / "model.py").write_text("# other")
+    assert export_module._code(tmp_path) != known
+    assert export_module._code(tmp_path / "nowhere") == "none"
+
+
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_tokenizer_round_trip(tokenizer, text):
     text = text.replace("<|endoftext|>", "")
