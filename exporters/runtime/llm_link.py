@@ -51,7 +51,7 @@ class RemoteEngine:
         self._failure: str | None = None
         self._occupancy = (0, 0, 0.0)
         self._sending = threading.Lock()
-        base = _meeting_place(name, device)
+        self._base = base = _meeting_place(name, device)
         with _alone(base / "lock") as note:
             if reason := note.read():  # another instance tried while this one waited: it would fail in the same way
                 raise RuntimeError(reason)
@@ -97,12 +97,16 @@ class RemoteEngine:
         return self._occupancy
 
     def stop(self, timeout_s: float) -> None:
-        """Leave; the last instance to do so ends the engine."""
+        """Leave; the last instance to do so ends the engine. It cannot outlive the one that started it: where Triton
+        ends that one first, the others have nothing to answer any more."""
         self._failure = self._failure or "the model is being unloaded"
         self._link.close()
         if self.leads:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
+            self._process.kill()
+            self._process.wait()
+            shutil.rmtree(self._base, ignore_errors=True)  # a killed engine has left it
 
     def _send(self, message: tuple) -> bool:
         try:

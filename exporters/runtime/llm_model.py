@@ -91,7 +91,7 @@ class TritonPythonModel(DecoupledModel):
             time.sleep(0.05)
         self._ended.set()
         self._busy.set()
-        self.engine.stop(timeout_s=10.0)
+        self.engine.stop(timeout_s=3.0)  # Triton ends instances one by one: the first waits in vain for the others
         self._fail_all("the model is being unloaded")
         for thread in self._threads:
             thread.join(timeout=2.0)

@@ -3,9 +3,11 @@
 import concurrent.futures
 import json
 import re
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -50,6 +52,11 @@ def processes(server, script):
     return [p for p in family if any(part.endswith(script) for part in p.cmdline())]
 
 
+def meeting_places(pid):
+    """Folders that an engine and the model's instances share while it runs, of the tritonserver `pid`."""
+    return list(Path(tempfile.gettempdir()).glob(f"tritonmark-{pid}-*"))
+
+
 def test_compiled_answers_equal_plain_ones_from_two_instances(tmp_path):
     folder = export_model("phi-2-tiny", "torch-compile", out=tmp_path, reference=8)
     config = folder / "config.pbtxt"
@@ -66,7 +73,9 @@ def test_compiled_answers_equal_plain_ones_from_two_instances(tmp_path):
         sampled = [ask(server, text_input="x", max_tokens=9, temperature=1.0, seed=3)[-1] for _ in range(2)]
         assert sampled[0]["total_output_tokens"] == 9 and time.monotonic() - started < 30
         (engine,) = processes(server, "llm_link.py")
-    assert not psutil.pid_exists(engine.pid)
+        pid = server.pid
+        assert len(meeting_places(pid)) == 1
+    assert not psutil.pid_exists(engine.pid) and not meeting_places(pid)
     with TritonServer(tmp_path, ready_timeout_s=280) as server:  # the compiled code was kept beside the weights
         assert ask(server, text_input="x", max_tokens=2)[-1]["total_output_tokens"] == 2
         print(f"cold start {cold_s:.1f} s, warm start {server.ready_s:.1f} s")
@@ -96,6 +105,8 @@ def test_two_ranks_of_llama_answer_as_one_and_end_together(tmp_path):
         assert not processes(server, "llm_link.py")
         assert "engine process has ended" in ask(server, text_input="x", max_tokens=4)[0]["error"]
         assert "rank 1 ended with code -9" in server.log_path.read_text()
+        pid = server.pid
+    assert not meeting_places(pid)
 
 
 @pytest.mark.parametrize("name", ["llama-3-70b-tiny", "phi-3.5-moe-tiny"])

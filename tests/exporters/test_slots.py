@@ -310,11 +310,13 @@ def test_two_instances_share_one_engine_which_ends_with_the_last(engine_process,
     assert not list(tmp_path.glob("tritonmark-*"))
 
 
-def test_a_killed_engine_is_a_failure_with_a_reason(engine_process, ask):
+def test_a_killed_engine_is_a_failure_with_a_reason_and_leaves_nothing(engine_process, ask, tmp_path):
     engine = engine_process()
     engine._process.kill()
     assert collect(engine, "x", 1) == []
     assert "engine process has ended" in engine.failure()
+    engine.stop(10)
+    assert not list(tmp_path.glob("tritonmark-*"))
 
 
 def test_a_broken_export_says_why(runtime, tmp_path, monkeypatch):
