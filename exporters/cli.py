@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -102,9 +103,20 @@ def export(
     )
     click.echo(f"{folder}  ({time.monotonic() - started:.1f} s)")
     if verify:
-        outcome = verify_export(folder, click.echo)
-        click.echo(outcome.line, err=not outcome.passed)
-        sys.exit(0 if outcome.passed else 3)
+        _verify(folder)
+
+
+@cli.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+def verify_command(folder: Path) -> None:
+    """Serve the exported model in FOLDER and compare it with its reference; 3 if it differs."""
+    _verify(folder)
+
+
+def _verify(folder: Path) -> NoReturn:
+    outcome = verify_export(folder, click.echo)
+    click.echo(outcome.line, err=not outcome.passed)
+    sys.exit(0 if outcome.passed else 3)
 
 
 def _answers(model: str, wanted: int | None, source: Path | None, verify: bool) -> int:

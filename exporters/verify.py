@@ -118,9 +118,14 @@ def _difference(row: dict[str, Any], answer: Sequence[int], at: int | None) -> s
 def is_likely(wrong: int, compared: int, allowed: float) -> bool:
     """Whether a model whose tokens are wrong at the rate `allowed` gives so many `wrong` ones of `compared` in more
     than one check of a hundred: a few answers that part early compare few tokens, of which one is a large share."""
+    return chance(wrong, compared, allowed) > UNLIKELY
+
+
+def chance(wrong: int, compared: int, allowed: float) -> float:
+    """In what share of checks at least so many are `wrong`, at the rate `allowed`."""
     from scipy.special import bdtrc
 
-    return float(bdtrc(wrong - 1, compared, allowed)) > UNLIKELY
+    return float(bdtrc(wrong - 1, compared, allowed))
 
 
 def check_verifiable(order: Order, answers: int) -> None:
@@ -184,10 +189,12 @@ def _check_answers(folder: Path, manifest: dict[str, Any], url: str) -> Outcome:
     found = compare(rows, answers, tolerance.margin)
     passed = is_likely(found.diverging, found.compared, allowed) and found.equal > 0
     detail = f"; the clearest, {found.worst} (a tie is below {tolerance.margin})" if found.worst else ""
+    often = f", which gives so many in {chance(found.diverging, found.compared, allowed):.0%} of checks"
     return Outcome(
         passed,
         f"{folder.name} {'agrees' if passed else 'does not agree'} with its {rows[0]['precision']} reference:"
-        f" {found.diverging} of {found.compared} tokens wrong ({allowed:.1%} allowed in {precision}),"
+        f" {found.diverging} of {found.compared} tokens wrong"
+        f" ({allowed:.1%} accepted in {precision}{often if found.diverging else ''}),"
         f" {found.ties} ties in {found.answers} answers{detail}",
     )
 
