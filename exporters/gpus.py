@@ -64,6 +64,15 @@ def least_capability(backend: str, precision: str) -> float:
     return max(needs["capability"], also, table["precision"][precision].get("capability", 0.0))
 
 
+def _least(model: Model, precision: str, backend: str) -> float | None:
+    """As least_capability, for a model: a mixture may need more. None where no GPU serves its experts."""
+    least = least_capability(backend, precision)
+    experts = needs_table()["backend"][backend].get("experts")
+    if experts is None or "num_local_experts" not in model.config:
+        return least
+    return max(least, experts[precision]) if precision in experts else None
+
+
 def can_share(model: Model, backend: str, precision: str) -> bool:
     """Whether several GPUs can share it."""
     return model.family == "llm" and precision in needs_table()["backend"][backend]["shared"]
@@ -89,11 +98,13 @@ def fit(model: Model, precision: str, tp: int, gpus: Sequence[Gpu], backend: str
     needed = needed_bytes(model, precision, tp)
     if model.tiny_of and needs_table()["backend"][backend]["cpu"]:
         return Fit(backend, precision, tp, True, "", "needs no GPU", needed)
-    least = least_capability(backend, precision)
-    able = [gpu for gpu in gpus if gpu.capability >= least]
+    least = _least(model, precision, backend)
+    able = [gpu for gpu in gpus if least is not None and gpu.capability >= least]
     taken = sorted(able, key=lambda gpu: -_usable(gpu, backend))[:tp]
     if not gpus:
         reason = _without_gpu(model, precision, backend)
+    elif least is None:
+        reason = f"{backend} cannot capture experts in {precision}"
     elif not able:
         reason = _too_old(precision, least, backend, max(gpus, key=lambda gpu: gpu.capability))
     elif len(able) < tp:
@@ -110,7 +121,7 @@ def fits(
     """For each precision the fewest GPUs that do; where even all of them don't, why one doesn't."""
     found = []
     for precision in precisions:
-        able = sum(gpu.capability >= least_capability(backend, precision) for gpu in gpus)
+        able = sum(gpu.capability >= (_least(model, precision, backend) or 0.0) for gpu in gpus)
         most = able if can_share(model, backend, precision) and not model.tiny_of else 1
         tried = [fit(model, precision, size, gpus, backend) for size in SIZES if size <= max(most, 1)]
         found.append(next((one for one in tried if one.fits), tried[-1]))

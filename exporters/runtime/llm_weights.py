@@ -216,16 +216,15 @@ def _check_capability(precision: str, device: str, compiled: bool = False) -> No
 
 
 def _check_experts(model: torch.nn.Module, precision: str, device: str) -> None:
-    """On a GPU steps are captured, so the host may not ask how many tokens each expert has: what multiplies by one
-    expert after the other does. Transformers' own experts do so too, compiled in other types than bf16."""
+    """On a GPU steps are captured, so the host may not ask how many tokens each expert has, as everything but torch's
+    own grouped products does; and below their capability those do as well (ATen, _grouped_mm_fallback)."""
     if not device.startswith("cuda") or all(weight.ndim < 3 for weight in model.parameters()):
         return
-    if precision == "fp8":
-        check_capability("torch-compile of fp8 experts", GROUPED_CAPABILITY, device, "export in bf16, or torch-eager")
-    elif precision != "bf16":
+    if precision not in ("bf16", "fp8"):
         raise ValueError(
             f"torch-compile cannot capture experts in {precision} on a GPU; export in bf16 or fp8, or torch-eager"
         )
+    check_capability("torch-compile of experts", GROUPED_CAPABILITY, device, "export torch-eager")
 
 
 def needed_bytes(model: torch.nn.Module, precision: str) -> int:

@@ -130,7 +130,7 @@ def test_json_has_all_of_it(monkeypatch):
     moe = entries["phi-3.5-moe"]
     assert moe["kv_bytes_per_token"] == 131072 and moe["weights_bytes"]["bf16"] == 2 * 41_873_153_344
     fitting = {(one["backend"], one["precision"]) for one in moe["fits"] if one["fits"]}
-    assert fitting == {("torch-eager", "int8"), ("torch-compile", "int8"), ("tensorrtllm", "int8")}
+    assert fitting == {("torch-eager", "int8"), ("tensorrtllm", "int8")}
     assert all(one["fits"] or one["reason"] for one in moe["fits"])
     assert {one["backend"] for one in moe["fits"]} == set(moe["backends"])
     assert moe["backend_precisions"]["torch-eager"] == ["bf16", "fp16", "fp8", "int8"]
@@ -164,6 +164,19 @@ def test_the_served_model_refuses_what_the_table_refuses(runtime):
         ("vllm-python", "fp16", runtime("vllm_engine").CAPABILITY),
     ):
         assert least_capability(backend, precision) == float(devices.dotted(least)), (backend, precision)
+
+
+def test_a_mixture_is_compiled_where_its_experts_can_be_captured(runtime):
+    pytest.importorskip("torch")
+    grouped = float(runtime("devices").dotted(runtime("llm_quantised").GROUPED_CAPABILITY))
+    assert set(needs_table()["backend"]["torch-compile"]["experts"].values()) == {grouped}
+    big = [Gpu("A100", 8.0, 200 * GIB, 200 * GIB)], [Gpu("H200", 9.0, 141 * GIB, 141 * GIB)]
+    old, new = (answers("phi-3.5-moe", gpus, "torch-compile") for gpus in big)
+    assert old["bf16"] == "bf16 needs compute capability 9.0, A100 has 8.0"
+    assert new == {"bf16": 1, "fp8": 1} | dict.fromkeys(
+        set(new) - {"bf16", "fp8"}, "torch-compile cannot capture experts in int8"
+    ) | {"fp16": "torch-compile cannot capture experts in fp16"}
+    assert answers("llama-3-70b", big[1], "torch-compile")["int8"] == 1
 
 
 def test_the_document_names_the_capabilities_of_the_data():
