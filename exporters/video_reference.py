@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from exporters.errors import UserError
+from exporters.layout import import_path
 from exporters.reference import free_gpu, prompts
-from exporters.weights import import_path
 
 NAME = "reference_video"
 MAX_CLIPS = 8  # a reference is for comparing, and 49 frames of 480 x 720 are 51 MB
-RUNTIME = Path(__file__).with_name("runtime")
 CLIP_FIELDS = {"frames": "num_frames", "steps": "num_inference_steps", "height": "height", "width": "width"}
 MIN_PSNR_DB = {"fp32": 60.0, "fp16": 35.0, "bf16": 30.0}  # eager against compiled: rounding only
 
@@ -75,7 +74,7 @@ def write_references(version: Path, count: int, source: Path | None, clip: Mappi
     import torch
     from diffusers import CogVideoXPipeline
 
-    with import_path(RUNTIME):
+    with import_path():
         from video_request import BadRequestError, parse_order
         from video_weights import load_parts
     settings = json.loads((version / "settings.json").read_text(encoding="utf-8"))

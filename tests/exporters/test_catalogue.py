@@ -6,18 +6,13 @@ import sys
 import types
 
 import pytest
+from example_gpus import A100, GIB, GTX_1080, H100, H200, V100
 
 from exporters import gpus as gpus_module
 from exporters.catalogue import check_parameters, find_model, load_catalogue
 from exporters.errors import UserError
-from exporters.gpus import Gpu, find_gpus, fit, fits, needed_bytes, weights_bytes
+from exporters.gpus import find_gpus, fit, fits, needed_bytes, weights_bytes
 
-GIB = 1 << 30
-GTX_1080 = Gpu("NVIDIA GeForce GTX 1080", 6.1, 8 * GIB, 8 * GIB)
-V100 = Gpu("Tesla V100-SXM2-16GB", 7.0, 16 * GIB, 16 * GIB)
-A100 = Gpu("NVIDIA A100-SXM4-80GB", 8.0, 80 * GIB, 80 * GIB)
-H100 = Gpu("NVIDIA H100 80GB HBM3", 9.0, 81559 << 20, 81000 << 20)
-H200 = Gpu("NVIDIA H200", 9.0, 143771 << 20, 143000 << 20)
 LLMS = [model for model in load_catalogue().values() if model.family == "llm"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from example_gpus import A100, GIB, GTX_1080, H100, L40S, V100
 
 from exporters import cli as cli_module
 from exporters.catalogue import find_model, load_catalogue
@@ -15,12 +16,6 @@ from exporters.gpus import Gpu, can_share, fit, fits, least_capability, needs_ta
 from exporters.models_table import model_entry, models_table, offered, offered_fits
 from exporters.registry import backends_of
 
-GIB = 1 << 30
-GTX_1080 = Gpu("NVIDIA GeForce GTX 1080", 6.1, 8 * GIB, 8 * GIB)
-V100 = Gpu("Tesla V100-SXM2-16GB", 7.0, 16 * GIB, 16 * GIB)
-A100 = Gpu("NVIDIA A100-SXM4-80GB", 8.0, 80 * GIB, 80 * GIB)
-L40S = Gpu("NVIDIA L40S", 8.9, 46068 << 20, 45500 << 20)
-H100 = Gpu("NVIDIA H100 80GB HBM3", 9.0, 81559 << 20, 81000 << 20)
 BACKENDS = Path(__file__).parents[2] / "docs" / "backends.md"
 MACHINES = {"none": [], "gtx": [GTX_1080], "v100": [V100] * 2, "l40s": [L40S] * 2, "h100": [H100]}
 CATALOGUE = list(load_catalogue().values())
