@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from loadgen.core.metrics import METRICS, Metric, metrics_of, percentile_name
 from loadgen.core.record import Outcome, Phase
-from loadgen.core.scenario import Kind
+from loadgen.core.scenario import Kind, Scenario
 from loadgen.core.verdict import limited
 from loadgen.edge import physics
 from loadgen.edge.store import Run
@@ -219,12 +219,6 @@ def facts(run: Run) -> dict[str, str]:
     document, scenario = run.document, run.scenario
     weights = document.get("weights", "unknown")
     server = document.get("server") or {}
-    in_flight = scenario.concurrency if scenario.kind is Kind.CONCURRENCY else 1
-    load = (
-        f"{in_flight} in flight" if scenario.target_qps is None else f"{scenario.target_qps:g} /s {scenario.arrivals}"
-    )
-    if scenario.kind is Kind.OFFLINE:
-        load = "all due at once"
     return {
         "model": str(document.get("model", "unknown model")),
         "backend": f"{document.get('backend', 'unknown')} {document.get('precision', '')}".strip(),
@@ -233,10 +227,20 @@ def facts(run: Run) -> dict[str, str]:
         "server": f"{server.get('name', '')} {server.get('version', '')}".strip() or "unknown server",
         "preset": f"preset {scenario.preset}",
         "scenario": scenario.name.replace("_", " "),
-        "load": load,
+        "load": load(scenario),
         "limits": limits(run),
         "run": str(document.get("run_id", run.folder.name)),
     }
+
+
+def load(scenario: Scenario) -> str:
+    """What a scenario puts on the server, by its kind: a rate is the load of Server alone, elsewhere an expectation."""
+    if scenario.kind is Kind.SERVER:
+        return f"{scenario.target_qps:g} /s {scenario.arrivals}"
+    if scenario.kind is Kind.OFFLINE:
+        return "all due at once"
+    at_once = {Kind.CONCURRENCY: scenario.concurrency, Kind.MULTI_STREAM: scenario.samples_per_query}
+    return f"{at_once.get(scenario.kind, 1)} in flight"
 
 
 def limits(run: Run) -> str:

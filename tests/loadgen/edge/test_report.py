@@ -10,7 +10,7 @@ import pytest
 from fabricated import fabricate
 from rich.console import Console
 
-from loadgen.edge import report, report_html
+from loadgen.edge import report, report_data, report_html
 from loadgen.edge.report_data import number
 from loadgen.edge.report_plots import distributions, over_time
 from loadgen.edge.report_series import BINS, QUANTILES, series
@@ -196,3 +196,19 @@ def test_the_command_finds_runs_and_answers_by_validity(tmp_path):
     assert rows((tmp_path / "report.txt").read_text())["scheduled"] == "100"
     (bad.folder / "records.parquet").write_bytes(b"damaged")
     assert "was changed after the run was sealed" in call(str(bad.folder)).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "load"),
+    [
+        ("server", {}, "10 /s poisson"),
+        ("server", {"arrivals": "constant"}, "10 /s constant"),
+        ("single_stream", {}, "1 in flight"),
+        ("concurrency", {"concurrency": 5}, "5 in flight"),
+        ("multi_stream", {}, "8 in flight"),
+        ("offline", {}, "all due at once"),
+    ],
+)
+def test_the_load_is_what_was_put_on_the_server_not_the_rate_that_was_expected(tmp_path, name, overrides, load):
+    """`fabricate` gives every scenario a target rate, as docs/scenarios.md does for SingleStream."""
+    assert report_data.facts(fabricate(tmp_path, name=name, **overrides))["load"] == load
