@@ -183,7 +183,7 @@ def _failures(summary: Summary, rows: Rows, audit: Audit) -> list[Reason]:
                 seen += f", all of them to {', '.join(audit.servers[n] for n in only)}"
             reasons.append(Reason(f"failed_{name}", seen, "0", advice))
     if outcomes["cut"]:
-        advice = "let the run drain, or raise --drain-timeout"
+        advice = "the run was stopped before they ended: let it end by itself, or lower --request-timeout"
         reasons.append(Reason("unfinished", f"{outcomes['cut']} requests still in flight at the end", "0", advice))
     return reasons
 
