@@ -41,7 +41,7 @@ def locusts() -> set[str]:
 def named(text: str) -> set[str]:
     """Options in the sentences of a Python source; a string without a blank is an argument of a program we start."""
     constants = (n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant))
-    sentences = (c for c in constants if isinstance(c, str) and re.search(r"[a-z] ", c))
+    sentences = (c for c in constants if isinstance(c, str) and re.search(r"[a-z] | [(]", c))
     return {option for sentence in sentences for option in OPTION.findall(sentence)}
 
 
