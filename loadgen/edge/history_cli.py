@@ -18,16 +18,15 @@ from loadgen.edge import hardware_catalogue, report_html, store
 from loadgen.edge.errors import UserError
 from loadgen.edge.history import History, Shown, metrics, of_published
 from loadgen.edge.import_mlperf import read
-from loadgen.edge.live_server import bound
+from loadgen.edge.live_server import HISTORY_PORT, bound
 from loadgen.edge.text_file import write
 
-PORT = 9465
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 @click.command()
 @click.argument("results", default="results", type=click.Path(path_type=Path))
-@click.option("--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0: a free one")
+@click.option("--port", default=HISTORY_PORT, show_default=True, type=click.IntRange(0, 65535), help="0: a free one")
 @click.option("--bind", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--prices", type=click.Path(path_type=Path), help="TOML with your price per GPU-hour")
 @click.option("--published", multiple=True, type=click.Path(path_type=Path),

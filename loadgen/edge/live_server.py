@@ -27,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 MAX_BYTES = 1 << 20
 PORTS_TRIED = 200
+HISTORY_PORT = 9465  # where `tritonmark history` listens unless told otherwise
 HANG_S = 15.0  # a scraper that sends or takes nothing for so long is dropped
 
 
@@ -125,8 +126,12 @@ def serve(control: socket.socket, port: int, bind: str) -> None:
 
 
 def bound(application: Any, port: int, bind: str, tries: int = PORTS_TRIED) -> WSGIServer:
-    """A server on the first free one of `tries` ports from `port`; 0 is any. Raises OSError."""
-    for candidate in range(port, min(port + tries, 65536)) if port else (0,):
+    """A server on the first free one of `tries` ports from `port`; 0 is any. Raises OSError.
+
+    A search passes over `HISTORY_PORT`: Prometheus would scrape a load process as history, and history could not start.
+    """
+    candidates = range(port, min(port + tries, 65536)) if port else (0,)
+    for candidate in (c for c in candidates if c == port or c != HISTORY_PORT):
         try:
             return make_server(bind, candidate, application, _Threaded, _Quiet)
         except OSError as error:

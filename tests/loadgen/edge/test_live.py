@@ -24,6 +24,7 @@ from loadgen.edge.discovery import TARGETS
 from loadgen.edge.errors import UserError
 from loadgen.edge.live import Endpoint, Live
 from loadgen.edge.live_fold import Histogram, RunFigures
+from loadgen.edge.live_server import HISTORY_PORT, bound
 
 LABELS = ("server", "m", "b", "p", "h", "r")
 ROOT = Path(__file__).parents[3]
@@ -243,6 +244,19 @@ def test_two_processes_take_two_ports(endpoint):
         assert other.port > endpoint.port
     finally:
         other.close()
+
+
+def test_a_search_for_a_port_leaves_that_of_history_alone():
+    first = bound(None, HISTORY_PORT - 1, "127.0.0.1")
+    try:
+        second = bound(None, HISTORY_PORT - 1, "127.0.0.1")
+        try:
+            assert first.server_port < HISTORY_PORT < second.server_port
+            bound(None, HISTORY_PORT, "127.0.0.1", tries=1).server_close()
+        finally:
+            second.server_close()
+    finally:
+        first.server_close()
 
 
 def test_targets_are_listed_while_the_process_lives_and_dead_ones_are_cleared(tmp_path):
