@@ -175,6 +175,8 @@ def _variable(spec: Variable) -> Any:
     )  # fmt: skip
     if spec.several:
         built = built.all_value(".*").current(models.VariableOption(selected=True, text=["All"], value=[ALL]))
+    if spec.first:
+        built = built.current(models.VariableOption(selected=True, text=spec.first, value=spec.first))
     return built.hide(models.VariableHide.HIDE_VARIABLE) if spec.hidden else built
 
 

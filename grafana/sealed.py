@@ -1,4 +1,8 @@
-"""PromQL over sealed runs, as `tritonmark history` serves them: choice, the best of each kind, ratios."""
+"""PromQL over sealed runs, as `tritonmark history` serves them: choice, the mean of each kind, ratios.
+
+No aggregation may drop a label on which the work depends: 256 requests in flight are not 64, ten seconds are not ten
+minutes. What the board chooses one of at a time (ONE_OF) is fixed; the rest stands in every `by (…)`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,14 @@ from collections.abc import Callable
 from loadgen.core.metrics import METRICS, Metric
 from loadgen.edge import history_names as names
 
-CHOSEN = ("model", "scenario", "backend", "precision", "source")
-CHOICE = ", ".join(f'{label}=~"${label}"' for label in CHOSEN)
+ONE_OF = ("model", "scenario", "load")  # chosen one at a time
+SOME_OF = ("backend", "precision", "source")
+CHOICE = ", ".join([*(f'{label}="${label}"' for label in ONE_OF), *(f'{label}=~"${label}"' for label in SOME_OF)])
 ONE_RUN = "run, hardware, model, scenario, load"  # of a published row `run` is the round, which has many
-WORK = "model, scenario, backend, precision"  # what two kinds of hardware are compared on
+TASK = "model, scenario, load, weights, preset"
+WORK = f"{TASK}, backend, precision"  # what two kinds of hardware are compared on
 KIND = f"hardware, gpu, {WORK}"
+ROW, COLUMN = ("gpu", "preset", "weights"), ("backend", "precision")  # labels that a matrix joins
 BASELINE = '{gpu="$baseline"}'
 UNITS = {"ns": "s", "1/s": "reqps", "tokens/s": "suffix: tokens/s", "frames/s": "suffix: frames/s", "s": "s",
          "W": "watt", "tokens/J": "suffix: tokens/J", "J": "joule", "ratio": "percentunit"}  # fmt: skip
@@ -44,23 +51,27 @@ def valid(family: names.Family, choice: str = CHOICE, gpu: str = "") -> str:
     return f"{family.name}{{{choice}}} * on ({ONE_RUN}) group_left (gpu) {known}"
 
 
-def best(values: str, better: str = "higher", by: str = KIND) -> str:
-    """Of the runs of one kind the best: the lowest or the highest value."""
-    return f"{'min' if better == 'lower' else 'max'} by ({by}) ({values})"
+def limited(family: names.Family) -> str:
+    """Values of chosen runs that are VALID and had a latency limit to keep."""
+    return f"{valid(family)} and on ({ONE_RUN}) {names.LIMIT.name}"
+
+
+def mean(values: str, by: str = KIND) -> str:
+    """Of the runs of one kind their mean: the best of n runs grows with n."""
+    return f"avg by ({by}) ({values})"
 
 
 def against_gpu(of: Callable[..., str], name: str) -> str:
     """How many times as good each kind of run is as the same work on the GPU $baseline. `of`: figure or per_gpu."""
-    better = metric(name).better
-    work = f"{WORK}, load" if better == "lower" else WORK  # a latency means something at one load only
-    here, there = best(of(name), better, f"gpu, {work}"), best(of(name, gpu=BASELINE), better, work)
-    if better == "lower":
-        return f"{there} / on ({work}) group_right () {here}"
-    return f"{here} / on ({work}) group_left () {there}"
+    here, there = mean(of(name), f"gpu, {WORK}"), mean(of(name, gpu=BASELINE), WORK)
+    if metric(name).better == "lower":
+        return f"{there} / on ({WORK}) group_right () {here}"
+    return f"{here} / on ({WORK}) group_left () {there}"
 
 
 def against_cell(name: str) -> str:
-    """Throughput per GPU against one cell: the GPU $baseline with the backend $compiler."""
+    """Throughput per GPU against one cell: the GPU $baseline with the backend $compiler in the same precision."""
     choice = CHOICE.replace('backend=~"$backend"', 'backend="$compiler"')
-    there = best(per_gpu(name, choice, BASELINE), by="model, scenario")
-    return f"{best(per_gpu(name), by=f'gpu, {WORK}')} / on (model, scenario) group_left () {there}"
+    same = f"{TASK}, precision"
+    there = mean(per_gpu(name, choice, BASELINE), by=same)
+    return f"{mean(per_gpu(name), by=f'gpu, {WORK}')} / on ({same}) group_left () {there}"

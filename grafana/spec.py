@@ -67,7 +67,8 @@ class Row:
 class Variable:
     """A choice at the top of the dashboard: the values of `label` in `series`; or of `values`; or a free text.
 
-    `newest`: sorted from the end of the alphabet, so that the run that began last is chosen at first.
+    `newest`: sorted from the end of the alphabet, so that the run that began last is chosen at first. `first`: what is
+    chosen at first, where it is among the values.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Variable:
     text: str = ""
     several: bool = True
     newest: bool = False
+    first: str = ""
     hidden: bool = False
 
 

@@ -129,6 +129,42 @@ def test_nothing_is_editable_and_every_variable_is_known(path):
     assert all(v.get("description") for v in document["templating"]["list"])
 
 
+DECIDES = {"model", "scenario", "load", "weights", "preset", "backend", "precision"}  # what makes work another work
+
+
+def dropped(expr: str) -> set[str]:
+    """Labels on which the work depends, that some aggregation of a query over sealed runs neither keeps nor fixes."""
+    fixed = set(re.findall(r'(\w+)="\$', expr))
+    joined = {m[1]: set(re.findall(r"\w+", m[2])) for m in re.finditer(r'"(\w+)", "[ ,]+", ("[^)]*")\)', expr)}
+    missing = set()
+    for labels in re.findall(r"\b(?:avg|max|min|sum|count|topk)\b(?: by \(([^)]*)\))?", expr):
+        kept = set(re.findall(r"\w+", labels))
+        kept |= set().union(*(joined.get(label, set()) for label in kept))
+        missing |= set() if "run" in kept else DECIDES - kept - fixed
+    return missing
+
+
+def test_no_aggregation_over_sealed_runs_drops_what_the_work_depends_on():
+    """256 requests in flight against 64 once stood on the board as a gain of the compiler."""
+    for panel in panels(read(ROOT / "grafana/dashboards/generations.json")):
+        for target in panel["targets"]:
+            assert not dropped(target["expr"]), panel["title"]
+
+
+@pytest.mark.parametrize(
+    ("expr", "missing"),
+    [
+        ('max by (model, scenario, backend, precision) (x{model=~"$model"})', {"load", "weights", "preset"}),
+        ("avg(x)", DECIDES),
+        ('avg by (row, backend, precision) (label_join(x{model="$m", scenario="$s", load="$l"}, "row", ", ", "gpu"))',
+         {"weights", "preset"}),
+        ("max by (run) (x)", set()),
+    ],
+)  # fmt: skip
+def test_a_dropped_label_is_found(expr, missing):
+    assert dropped(expr) == missing
+
+
 def test_the_live_dashboard_has_every_live_metric():
     from loadgen.edge.live_names import all_families
 
