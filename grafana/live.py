@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prometheus_client.utils import floatToGoString
+
 from grafana.gpu import GPU_ROW, fallback
 from grafana.spec import Board, Mark, Panel, Query, Row, Variable
 from loadgen.core.metrics import METRICS, Metric
@@ -33,6 +35,18 @@ def quantile(q: float, name: str, selector: str = RUN, by: str = "") -> str:
     return f"histogram_quantile({q:g}, sum by (le{by}) (rate({name}_bucket{{{selector}}}{RATE})))"
 
 
+def completed(q: float, name: str) -> str:
+    """Quantile of the requests that completed: failed ones count as slower than any, in the open last bucket, and a
+    quantile that falls there is answered with that bucket's lower end, 600 s, which nobody measured."""
+
+    def of(le: str) -> str:
+        return f"sum by (le) (rate({name}_bucket{{{RUN}, le{le}}}{RATE}))"
+
+    top = of(f'="{floatToGoString(names.LATENCY_BUCKETS_S[-1])}"')
+    finite = of('!="+Inf"')
+    return f'histogram_quantile({q:g}, {finite} or label_replace({top}, "le", "+Inf", "", ""))'
+
+
 def latency(metric: Metric) -> Panel:
     """Percentiles of one line of METRICS against its limit, where it has one."""
     family, short = names.of_metric(metric), metric.name.removesuffix("_ns")
@@ -40,14 +54,21 @@ def latency(metric: Metric) -> Panel:
     if short in ("ttft", "tpot", "e2e"):
         limit = series(names.LIMIT, f', metric="{short}"')
         limits = (Query(f"max by (percentile) ({limit})", "limit at {{percentile}}", limit=True),)
-    lines = tuple(Query(quantile(q, family.name), f"p{q * 100:g}") for q in (0.5, 0.9, 0.99))
+    lines = tuple(Query(completed(q, family.name), f"p{q * 100:g}") for q in (0.5, 0.9, 0.99))
     only = {"llm": " Text only.", "video": " Video only."}.get(metric.family, "")
     return Panel(
         metric.label,
-        f"{_sentence(metric.help)}. Percentiles of what ended in the last few seconds, as exact as their buckets; a "
-        f"failed request is slower than any. The sealed report has exact ones.{only}",
+        f"{_sentence(metric.help)}. Percentiles of the requests that completed in the last few seconds, as exact as "
+        f"their buckets; how many failed stands above. The sealed report counts those as slower than any.{only}",
         "s", (*lines, *limits),
     )  # fmt: skip
+
+
+def _share(short: str) -> str:
+    """p99 of a run as a share of its limit, at most 2: where requests failed, p99 is a bucket without an upper end."""
+    p99 = f"histogram_quantile(0.99, sum by (le) (tritonmark_client_{short}_seconds_bucket{{{RUN}}}))"
+    limit = series(names.LIMIT, f', metric="{short}"')
+    return f"clamp_max({p99} / on() group_right() max by (metric) ({limit}), 2)"
 
 
 def _sentence(text: str) -> str:
@@ -91,11 +112,10 @@ NOW = Row("Run", (
 LATENCY = Row("Latency against its limit (client)", (
     *(latency(m) for m in METRICS if m.live == "histogram" and m.family == "llm"),
     *(latency(m) for m in METRICS if m.live == "histogram" and not m.family),
-    Panel("p99 of its limit", "99th percentile of the whole run so far as a share of the limit in force. Over 100 % "
-          "the run is INVALID.", "percentunit",
-          tuple(Query(f"histogram_quantile(0.99, sum by (le) (tritonmark_client_{m}_seconds_bucket{{{RUN}}})) / on() "
-                      f"group_right() max by (metric) ({series(names.LIMIT, f', metric={m!r}')})", "{{metric}}")
-                for m in ("ttft", "tpot", "e2e")), high=None, steps=((0.8, WARN), (1, BAD))),
+    Panel("p99 of its limit", "99th percentile of the whole run so far as a share of the limit in force, failed "
+          "requests as slower than any. Over 100 % the run is INVALID; more than 200 % is drawn as 200 %.",
+          "percentunit", tuple(Query(_share(m), "{{metric}}") for m in ("ttft", "tpot", "e2e")), high=None,
+          steps=((0.8, WARN), (1, BAD))),
 ))  # fmt: skip
 
 VIDEO = Row("Video (client)", (
