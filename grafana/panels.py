@@ -20,7 +20,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from grafana.spec import COLUMNS, DATASOURCE, Board, Mark, Panel, Query, Row, Variable
 
-SOURCE = words.DataSourceRef(type_val="prometheus", uid=DATASOURCE)
+SOURCE = words.DataSourceRef(type_val="prometheus", uid="${datasource}")  # chosen at the top: an import may have any
 KINDS = {"timeseries": timeseries.Panel, "stat": stat.Panel, "table": table.Panel, "bars": bargauge.Panel,
          "states": statetimeline.Panel}  # fmt: skip
 ALL = "$__all"
@@ -39,7 +39,7 @@ def board(spec: Board) -> models.Dashboard:
         dashboard.Dashboard(spec.title).uid(spec.uid).description(spec.help).tags(["tritonmark"]).readonly()
         .timezone("browser").time(spec.span, "now").refresh(spec.refresh)
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
-        .variables([_variable(v) for v in spec.variables]).annotations([_mark(m) for m in spec.marks])
+        .variables([_source(), *map(_variable, spec.variables)]).annotations([_mark(m) for m in spec.marks])
         .link(dashboard.DashboardLink("Tritonmark").type(models.DashboardLinkType.DASHBOARDS).tags(["tritonmark"])
               .include_vars(False).keep_time(False))
     )  # fmt: skip
@@ -52,6 +52,8 @@ def board(spec: Board) -> models.Dashboard:
             number += 1
             built = built.with_panel(_panel(panel).id(number))
     result = built.build()
+    for link in result.links or []:
+        link.placement = None  # in the bar; the SDK's default hides it in a menu of Grafana 12.3 and later
     result.schema_version = 41  # of Grafana 12.1, which docker-compose.yml starts; newer ones migrate it
     return result
 
@@ -158,6 +160,15 @@ def _table(built: Any, spec: Panel) -> Any:
 
 
 _FINISH = {"timeseries": _lines, "stat": _stat, "bars": _bars, "table": _table, "states": _states}
+
+
+def _source() -> Any:
+    """Which Prometheus: the provisioned one where there is one, otherwise whichever Grafana has."""
+    return (
+        dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus").multi(False).include_all(False)
+        .description("The Prometheus that scrapes this bench.")
+        .current(models.VariableOption(selected=True, text=DATASOURCE, value=DATASOURCE))
+    )  # fmt: skip
 
 
 def _variable(spec: Variable) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-DATASOURCE = "tritonmark-prometheus"  # uid in provisioning/datasources/prometheus.yml
+DATASOURCE = "tritonmark-prometheus"  # uid in provisioning/datasources/prometheus.yml, chosen at first
 COLUMNS = 24  # of Grafana's grid
 
 

@@ -93,7 +93,7 @@ class Bench:
 
     def choices(self, board):
         """Each choice of the first variable that has one value at a time, with what follows from it."""
-        variables = board["templating"]["list"]
+        variables = [v for v in board["templating"]["list"] if v["type"] != "datasource"]
         single = [v for v in variables if not v["multi"] and v["type"] == "query"]
         for first in self.values(single[0], {}) if single else [None]:
             chosen = {}
