@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from exporters import preflight, trtllm_plan
 from exporters.catalogue import Model
 from exporters.config_pbtxt import ModelConfig
+from exporters.errors import UserError
 from exporters.gpus import least_capability, weights_bytes
 from exporters.layout import copy_runtime
 from exporters.registry import Order, exporter
@@ -99,7 +101,7 @@ def export_tensorrtllm(order: Order, version: Path) -> ModelConfig:
     with work_folder(_work(order, image)) as work:
         steps = trtllm_plan.steps(order, image, work, _user())
         (work / "model.json").write_text(_checkpoint_json(order), encoding="utf-8")
-        run_steps(steps, work, _checkpoint_json(order), tell)
+        run_steps(steps, work, _checkpoint_json(order), tell, {"parts": lambda: _filled(order, work, tell)})
         place(work, version, ("engine",))
         _place_parts(order, work, version)
     launch = {"image": image.name, "command": _launch(order)}
@@ -198,17 +200,30 @@ def _checkpoint_json(order: Order) -> str:
     return json.dumps(checkpoint_config(order.model, order.precision, order.tp, order.build.pp, order.build.ep))
 
 
+def _filled(order: Order, work: Path, tell: Callable[[str], None] = lambda line: None) -> dict[str, str]:
+    """The image's templates filled, by part: also before the engine is built, so that a template that cannot be filled
+    costs seconds. The other front is left out where only that one cannot."""
+    texts = {}
+    for part, values in _fillings(order).items():
+        try:
+            template = (work / "parts" / part / "config.pbtxt").read_text(encoding="utf-8")
+            texts[part] = fill(part, template, values)
+        except UserError as error:
+            if part != OTHER_FRONT:
+                raise
+            tell(f"note: {part} is left out, which the ensemble does not need: {error}")
+    return texts
+
+
 def _place_parts(order: Order, work: Path, version: Path) -> None:
     """The image's models with their templates filled; the other front says what a load test wants to know of it."""
-    for part, values in _fillings(order).items():
+    for part, text in _filled(order, work).items():
         shutil.copytree(work / "parts" / part, version / "parts" / part)
-        template = version / "parts" / part / "config.pbtxt"
-        text = fill(part, template.read_text(encoding="utf-8"), values)
         if part == OTHER_FRONT:
             facts = {"model": order.model.name, "backend": order.backend, "precision": order.precision}
             facts |= {"weights": order.weights, "seed": str(order.seed), "tp": str(order.tp)}
             text = with_parameters(text, DIALECT | {f"tritonmark.{key}": value for key, value in facts.items()})
-        template.write_text(text, encoding="utf-8")
+        (version / "parts" / part / "config.pbtxt").write_text(text, encoding="utf-8")
 
 
 def _serve(order: Order, image: Image, launch: list[str], more: tuple[str, ...] = ()) -> str:

@@ -53,8 +53,11 @@ def work_folder(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def run_steps(steps: list[Step], work: Path, inputs: str, tell: Callable[[str], None]) -> None:
-    """Run what is not done yet. `inputs` stands for what the first step reads besides its command.
+def run_steps(
+    steps: list[Step], work: Path, inputs: str, tell: Callable[[str], None], after: Mapping[str, Callable[[], None]]
+) -> None:
+    """Run what is not done yet. `inputs` stands for what the first step reads besides its command; `after` has what is
+    called once a step is done, now or before, and may end the build by a UserError before the long steps.
 
     A step that fails is a UserError with the last line of its log; what was finished before stays.
     """
@@ -66,6 +69,7 @@ def run_steps(steps: list[Step], work: Path, inputs: str, tell: Callable[[str], 
         done = stamp.is_file() and stamp.read_text() == digest
         if done and not fresh and all((work / path).exists() for path in step.makes):
             tell(f"{label}: done before")
+            after.get(step.name, _nothing)()
             continue
         fresh = True  # what comes after is made anew too
         stamp.unlink(missing_ok=True)
@@ -76,6 +80,11 @@ def run_steps(steps: list[Step], work: Path, inputs: str, tell: Callable[[str], 
             raise UserError(f"{label} ended well but made no {missing[0]}; its log is {work / 'logs' / step.name}.log")
         stamp.write_text(digest)
         tell(f"{label}: {time.monotonic() - started:.1f} s")
+        after.get(step.name, _nothing)()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _digest(before: str, step: Step, work: Path) -> str:

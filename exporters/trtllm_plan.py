@@ -6,6 +6,7 @@ TensorRT-LLM 1.0 to 1.2: `convert_checkpoint.py`, `quantize.py`, `trtllm-build`.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ from exporters.trtllm_images import ENGINES, Image, table
 from exporters.trtllm_repository import PARTS
 from exporters.weights import HUB, SYNTHETIC
 
-EXAMPLES = "/app/tensorrt_llm/examples"
+EXAMPLES = "/work/examples"  # a link, which the first step sets to where this image has them
+PROBE = Path(__file__).with_name("trtllm_probe.py")
+# Handed to a container that downloads, by name: docker reads the value, which so stands in no list of processes or log.
+HANDED_ON = ("HF_TOKEN", "HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 ALL_MODELS = "/app/all_models/inflight_batcher_llm"
 MAX_CONTEXT = 8192  # tokens of prompt and answer that an engine is built for, where the model could take more
 MAX_NUM_TOKENS = 8192  # tokens of one step
@@ -85,18 +89,18 @@ def steps(order: Order, image: Image, work: Path, user: str) -> list[Step]:
     made = table("precisions")[order.precision]
     local = local_weights(order)
     docker = Docker(image, check_mount("--build-cache", work), local)
-    todo: list[Step] = []
+    todo = [Step("probe", docker.run(*_probe(order, made), mounts=((PROBE, "/probe.py"),)), ("image.json",))]
+    copy = ("cp", "-r", *(f"{ALL_MODELS}/{part}" for part in PARTS), "/work/parts")
+    todo.append(Step("parts", docker.run(*copy), tuple(f"parts/{part}/config.pbtxt" for part in PARTS)))
     if order.weights == HUB:
         fetch = ("download", order.model.hub_id, "--revision", order.model.revision or "main", "--local-dir")
         todo.append(Step("fetch", (str(Path(sys.executable).with_name("hf")), *fetch, str(work / "hf")), ("hf",)))
     if order.weights != SYNTHETIC:
         source = "/hf" if local else "/work/hf"
-        todo.append(
-            Step("checkpoint", docker.run(*_checkpoint(order, made, source)), ("checkpoint/config.json",), local)
-        )
+        handed = HANDED_ON if made["script"] == "quantize" else ()  # it fetches what it calibrates with
+        command = docker.run(*_checkpoint(order, made, source), environment=handed)
+        todo.append(Step("checkpoint", command, ("checkpoint/config.json",), local))
     todo.append(Step("engine", docker.run(*_engine(order)), ("engine/config.json", *_rank_files(order))))
-    copy = ("cp", "-r", *(f"{ALL_MODELS}/{part}" for part in PARTS), "/work/parts")
-    todo.append(Step("parts", docker.run(*copy), tuple(f"parts/{part}/config.pbtxt" for part in PARTS)))
     todo.append(Step("hand-over", docker.run("chown", "-R", user, "/work"), ()))
     return todo
 
@@ -121,13 +125,17 @@ class Docker:
     work: Path
     weights: Path | None = None
 
-    def run(self, *command: str) -> tuple[str, ...]:
+    def run(
+        self, *command: str, mounts: tuple[tuple[Path, str], ...] = (), environment: tuple[str, ...] = ()
+    ) -> tuple[str, ...]:
         """The whole argument list for `command` inside the container."""
-        mounts = ["-v", f"{self.work}:/work"]
+        more = [word for path, seen in mounts for word in ("-v", f"{path}:{seen}:ro")]
+        more += [word for name in environment for word in ("-e", name)]
+        mounted = ["-v", f"{self.work}:/work"]
         if self.weights:
-            mounts += ["-v", f"{self.weights}:/hf:ro"]
+            mounted += ["-v", f"{self.weights}:/hf:ro"]
         limits = ("--ipc=host", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864")
-        return ("docker", "run", "--rm", "--init", "--gpus", "all", *limits, *mounts, self.image.name, *command)
+        return ("docker", "run", "--rm", "--init", "--gpus", "all", *limits, *mounted, *more, self.image.name, *command)
 
 
 def serve_command(order: Order, image: Image, launch: list[str], more: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -152,6 +160,21 @@ def check_mount(option: str, path: Path) -> Path:
             f"{option}: docker cannot mount {str(absolute)!r}, since a ':' ends a path there; choose another folder"
         )
     return absolute
+
+
+def _probe(order: Order, made: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the later steps call, with every option that they pass."""
+
+    def options(command: tuple[str, ...]) -> list[str]:
+        return [word for word in command if word.startswith("--")]
+
+    scripts = {}
+    if order.weights != SYNTHETIC:
+        checkpoint = _checkpoint(order, made, "/hf")
+        scripts[checkpoint[1].removeprefix(f"{EXAMPLES}/")] = options(checkpoint)
+    engine = _engine(order)
+    wanted = {"all_models": ALL_MODELS, "parts": PARTS, "scripts": scripts, "programs": {engine[0]: options(engine)}}
+    return ("python3", "/probe.py", json.dumps(wanted))
 
 
 def _checkpoint(order: Order, made: Mapping[str, Any], source: str) -> tuple[str, ...]:

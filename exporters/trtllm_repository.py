@@ -29,6 +29,7 @@ SERVER_OPTIONS = [
     "--http-thread-count=32", "--metrics-config=histogram_latencies=true", "--metrics-interval-ms=1000",
     "--exit-timeout-secs=60",
 ]  # fmt: skip
+STUB_TIMEOUT = "--backend-config=python,stub-timeout-seconds=1800"  # large models and cold disks take long to load
 INSTANCES = 4  # of the tokenising parts, so that they don't limit the engine
 _FILL_RESERVED = set(",:\\$\n\r\"'` ")
 
@@ -91,49 +92,51 @@ def front(name: str, max_batch_size: int) -> ModelConfig:
 
 
 def fillings(engine: str, tokenizer: str, max_batch_size: int) -> dict[str, dict[str, str]]:
-    """What fills the template of each part; every mandatory key is among them. Paths are the server's."""
-    batch, logits = str(max_batch_size), "TYPE_FP32"
-    queue = {"max_queue_delay_microseconds": "0", "max_queue_size": "0"}
-    return {
+    """What fills the template of each part, where it asks. Paths are the server's.
+
+    Which part asks for which type, size or queue changes from image to image (tensorrt_llm_bls wants the type of the
+    prompt table since about 25.12), so every part is offered all of those.
+    """
+    batch = str(max_batch_size)
+    common = {
+        "triton_max_batch_size": batch, "decoupled_mode": "True", "logits_datatype": "TYPE_FP32",
+        "encoder_input_features_data_type": "TYPE_FP16", "prompt_embedding_table_data_type": "TYPE_FP16",
+        "max_queue_delay_microseconds": "0", "max_queue_size": "0",
+    }  # fmt: skip
+    own = {
         "preprocessing": {
-            "tokenizer_dir": tokenizer, "triton_max_batch_size": batch,
-            "preprocessing_instance_count": str(INSTANCES), "add_special_tokens": "True", **queue,
+            "tokenizer_dir": tokenizer, "preprocessing_instance_count": str(INSTANCES), "add_special_tokens": "True",
         },
         "postprocessing": {
-            "tokenizer_dir": tokenizer, "triton_max_batch_size": batch,
-            "postprocessing_instance_count": str(INSTANCES), "skip_special_tokens": "True",
+            "tokenizer_dir": tokenizer, "postprocessing_instance_count": str(INSTANCES), "skip_special_tokens": "True",
         },
         "tensorrt_llm": {
-            "triton_backend": "tensorrtllm", "triton_max_batch_size": batch, "decoupled_mode": "True",
-            "engine_dir": engine, "batching_strategy": "inflight_fused_batching",
+            "triton_backend": "tensorrtllm", "engine_dir": engine, "batching_strategy": "inflight_fused_batching",
             "kv_cache_free_gpu_mem_fraction": str(KV_SHARE), "enable_kv_cache_reuse": "False",
             "batch_scheduler_policy": "guaranteed_no_evict", "max_beam_width": "1", "exclude_input_in_output": "True",
-            "encoder_input_features_data_type": "TYPE_FP16", "prompt_embedding_table_data_type": "TYPE_FP16",
-            "logits_datatype": logits, **queue,
         },
         "tensorrt_llm_bls": {
-            "triton_max_batch_size": batch, "decoupled_mode": "True", "bls_instance_count": str(INSTANCES),
-            "logits_datatype": logits, "accumulate_tokens": "False", "tensorrt_llm_model_name": ENGINE_MODEL,
+            "bls_instance_count": str(INSTANCES), "accumulate_tokens": "False", "tensorrt_llm_model_name": ENGINE_MODEL,
         },
     }  # fmt: skip
+    return {part: common | values for part, values in own.items()}
 
 
 def fill(part: str, template: str, values: Mapping[str, str]) -> str:
     """`template` with its `${key}`s filled, as NVIDIA's fill_template.py does; one that has no value and stands inside
     quotes stays, which Triton's parts read as unset.
 
-    A UserError for a value that could be read as more than text, for a key that this image's template does not have,
-    and for a key outside quotes that has no value.
+    A UserError for a value that could be read as more than text, and for a key outside quotes that has no value: then
+    Triton could not read the file. A key that this image's template does not ask for is left out.
     """
     for key, value in values.items():
         if not value or set(value) & _FILL_RESERVED:
             raise UserError(f"{key} is {value!r}, which cannot be written into config.pbtxt: use plain names and paths")
-        if f"${{{key}}}" not in template:
-            raise UserError(f"the image's template of {part} has no ${{{key}}}; choose another --image")
     text = Template(template).safe_substitute(values)
     if empty := re.search(r"[:\s\[]\$\{(\w+)\}", text):
         raise UserError(
-            f"the image's template of {part} needs ${{{empty[1]}}}, which is not known; choose another --image"
+            f"the image's template of {part} needs ${{{empty[1]}}}, which this version of tritonmark does not know:"
+            " add it to fillings() in exporters/trtllm_repository.py, or use an older --image"
         )
     return text
 
@@ -150,8 +153,7 @@ def with_parameters(config: str, parameters: Mapping[str, str]) -> str:
 def launch_llmapi(name: str, served_from: str) -> list[str]:
     """What starts Triton for the LLM API: plain, since `tensorrt_llm.LLM` starts its own workers."""
     load = ["--model-control-mode=explicit", f"--load-model={name}"]
-    stub = "--backend-config=python,stub-timeout-seconds=1800"  # large models take long to load
-    return ["tritonserver", f"--model-repository={served_from}", *load, *SERVER_OPTIONS, stub]
+    return ["tritonserver", f"--model-repository={served_from}", *load, *SERVER_OPTIONS, STUB_TIMEOUT]
 
 
 def launch_command(name: str, served_from: str, world: int) -> list[str]:
@@ -167,7 +169,7 @@ def launch_command(name: str, served_from: str, world: int) -> list[str]:
         load = name if number == 0 else ENGINE_MODEL
         command = ["tritonserver", *repositories, *common, f"--load-model={load}"]
         if number == 0:
-            command += SERVER_OPTIONS
+            command += [*SERVER_OPTIONS, STUB_TIMEOUT]
         else:
             command += ["--allow-http=false", "--allow-grpc=false", "--allow-metrics=false"]
         return [*command, f"--backend-config=python,shm-region-prefix-name=prefix{number}_"]

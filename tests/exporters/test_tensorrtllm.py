@@ -185,7 +185,7 @@ def test_only_flags_that_the_programs_know(tmp_path, name, precision, weights):
         command = container_command(step)
         program = next((program for program in FLAGS if any(word.endswith(program) for word in command[:2])), None)
         if program is None:
-            assert command[0] in ("cp", "chown")
+            assert command[0] in ("cp", "chown") or command[:2] == ("python3", "/probe.py")
             continue
         flags = [word for word in command if word.startswith("--")]
         assert set(flags) <= FLAGS[program] and len(set(flags)) == len(flags)
@@ -196,29 +196,29 @@ def test_only_flags_that_the_programs_know(tmp_path, name, precision, weights):
 
 
 def test_random_weights_need_no_download_and_no_checkpoint():
-    assert [step.name for step in steps_of(order())] == ["engine", "parts", "hand-over"]
-    command = container_command(steps_of(order(tp=2))[0])
+    assert [step.name for step in steps_of(order())] == ["probe", "parts", "engine", "hand-over"]
+    command = container_command(steps_of(order(tp=2))[2])
     assert command[:3] == ("trtllm-build", "--model_config", "/work/model.json")
-    assert steps_of(order(tp=2))[0].makes == ("engine/config.json", "engine/rank0.engine", "engine/rank1.engine")
+    assert steps_of(order(tp=2))[2].makes == ("engine/config.json", "engine/rank0.engine", "engine/rank1.engine")
 
 
 def test_hub_weights_are_fetched_by_revision():
-    fetch = steps_of(order(weights="hub"))[0]
+    fetch = steps_of(order(weights="hub"))[2]
     assert fetch.command[1:5] == ("download", "microsoft/phi-2", "--revision", PHI.revision)
 
 
 def test_local_weights_are_mounted_read_only(tmp_path):
-    checkpoint = steps_of(order(weights=str(tmp_path)))[0]
+    checkpoint = steps_of(order(weights=str(tmp_path)))[2]
     assert f"{tmp_path}:/hf:ro" in checkpoint.command
     assert container_command(checkpoint)[2:4] == ("--model_dir", "/hf")
 
 
 def test_experts_and_stages():
-    command = container_command(steps_of(order(PHIMOE, "bf16", "hub", tp=4, ep=2))[1])
+    command = container_command(steps_of(order(PHIMOE, "bf16", "hub", tp=4, ep=2))[3])
     assert command[-4:] == ("--moe_tp_size", "2", "--moe_ep_size", "2")
     assert checkpoint_config(PHIMOE, "bf16", tp=4, ep=2)["mapping"] == {
         "world_size": 4, "tp_size": 4, "pp_size": 1, "moe_tp_size": 2, "moe_ep_size": 2}  # fmt: skip
-    assert len(steps_of(order(LLAMA, "bf16", tp=2, pp=2))[0].makes) == 5
+    assert len(steps_of(order(LLAMA, "bf16", tp=2, pp=2))[2].makes) == 5
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,8 @@ def test_the_front_is_an_ensemble():
 def test_templates_are_filled_whole(part):
     values = fillings("/models/m/1/engine", "/models/m/1/weights", 64)[part]
     assert set(values) >= MANDATORY[part]
-    assert set(values) <= MANDATORY[part] | OPTIONAL[part]
+    asked = set().union(*MANDATORY.values(), *OPTIONAL.values())
+    assert set(values) <= asked, "every part is offered the types, sizes and queues that any part asks for"
 
 
 TEMPLATE = """\
@@ -327,6 +328,10 @@ parameters { key: "gpt_model_path" value { string_value: "${engine_dir}" } }
 parameters { key: "decoding_mode" value { string_value: "${decoding_mode}" } }
 """
 VALUES = {"triton_backend": "tensorrtllm", "triton_max_batch_size": "64", "decoupled_mode": "True", "engine_dir": "/e"}
+
+
+def test_a_key_that_a_template_does_not_ask_for_is_left_out():
+    assert fill("x", TEMPLATE, {**VALUES, "max_queue_size": "0"}) == fill("x", TEMPLATE, VALUES)
 
 
 def test_fill():
@@ -343,7 +348,6 @@ def test_fill():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({**VALUES, "other": "1"}, r"has no \$\{other\}"),
         ({k: v for k, v in VALUES.items() if k != "triton_max_batch_size"}, r"needs \$\{triton_max_batch_size\}"),
         *[({**VALUES, "engine_dir": bad}, "cannot be written") for bad in ("/a,b:c", "/a b", "$x", '"', "a\nb", "")],
     ],
@@ -358,6 +362,7 @@ def test_launch():
     assert one[0] == "tritonserver" and "--load-model=phi-2" in one
     assert one[1:3] == ["--model-repository=/models", "--model-repository=/models/phi-2/1/parts"]
     two = launch_command("phi-2", "/models", 2)
+    assert "--backend-config=python,stub-timeout-seconds=1800" in one, "eight stubs that import transformers"
     assert two[:4] == ["mpirun", "--allow-run-as-root", "-n", "1"] and two.count(":") == 1
     rank1 = two[two.index(":") + 1 :]
     assert rank1[:2] == ["-n", "1"] and "--load-model=tensorrt_llm" in rank1
@@ -438,6 +443,8 @@ FAKE_DOCKER = r"""#!/bin/sh
 echo "$@" >> "$LOG"
 for word in "$@"; do case "$word" in *:/work) work="${word%:/work}";; esac; done
 case "$*" in
+  *" /probe.py "*) [ -n "$LACKS" ] && echo "this image is not what the plan needs: $LACKS" && exit 1
+    echo '{}' > "$work/image.json";;
   *trtllm-build*)
     [ "$BREAK" = 125 ] && printf "docker: no daemon here.\n\nRun 'docker run --help' for more information\n" && exit 125
     [ -n "$BREAK" ] && echo "out of memory" && exit 3
@@ -463,7 +470,7 @@ def docker(tmp_path, monkeypatch):
             f'parameters {{ key: "{key}" value {{ string_value: "${{{key}}}" }} }}' for key in keys | OPTIONAL[part]
         ]
         (folder / "config.pbtxt").write_text("\n".join(lines) + "\n")
-    for key, value in {"PATH": f"{binary.parent}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "BREAK": "",
+    for key, value in {"PATH": f"{binary.parent}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "BREAK": "", "LACKS": "",
                        "TEMPLATES": str(tmp_path / "templates")}.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     there = Machine((H100,), "590.44.01", "", True, 10**12, True)
@@ -486,18 +493,18 @@ def test_export_and_resume(docker):
     assert launch["image"] == images()[0].name and launch["command"][0] == "tritonserver"
     manifest = layout.read_manifest(folder)
     assert (manifest["image"], manifest["precision"], manifest["weights"]) == (images()[0].name, "fp16", "synthetic")
-    assert any("step 1/3 engine" in line for line in told)
+    assert any("step 3/4 engine" in line for line in told)
     runs = (docker / "log").read_text().count("\n")
     told.clear()
     build(docker, force=True, on_progress=told.append)
     assert (docker / "log").read_text().count("\n") == runs, "finished steps are not run again"
-    assert sum("done before" in line for line in told) == 3
+    assert sum("done before" in line for line in told) == 4
 
 
 def test_a_failed_step_leaves_nothing_in_the_repository_and_goes_on_later(docker, monkeypatch):
     monkeypatch.setenv("BREAK", "1")
     with pytest.raises(
-        UserError, match=r"step 1/3 engine failed with code 3: out of memory.*goes on from here"
+        UserError, match=r"step 3/4 engine failed with code 3: out of memory.*goes on from here"
     ) as caught:
         build(docker)
     assert "\n" not in str(caught.value) and not list((docker / "out").iterdir())
@@ -527,7 +534,51 @@ def test_a_lost_output_is_made_again_with_all_after_it(docker):
     next((docker / "cache").rglob("rank0.engine")).unlink()
     before = (docker / "log").read_text().count("\n")
     build(docker, force=True)
-    assert (docker / "log").read_text().count("\n") == before + 3
+    assert (docker / "log").read_text().count("\n") == before + 2, "the engine and the handing over"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_template_that_cannot_be_filled_costs_no_engine_and_the_other_front_none_at_all(docker, part):
+    """NVIDIA adds keys: tensorrt_llm_bls once got ${prompt_embedding_table_data_type}, unquoted."""
+    template = docker / "templates" / part / "config.pbtxt"
+    template.write_text(template.read_text() + 'input { name: "x" data_type: ${a_new_type} dims: [ 1 ] }\n')
+    told = []
+    if part == "tensorrt_llm_bls":
+        folder = build(docker, on_progress=told.append)
+        assert (folder / "1/engine/rank0.engine").is_file() and not (folder / "1/parts" / part).exists()
+        assert any("tensorrt_llm_bls is left out" in line and "a_new_type" in line for line in told)
+    else:
+        with pytest.raises(UserError, match=rf"template of {part} needs \$\{{a_new_type\}}.*fillings"):
+            build(docker)
+        assert "trtllm-build --model_config" not in (docker / "log").read_text(), "no engine was built"
+
+
+def test_every_known_key_is_filled_wherever_a_template_asks_for_it(docker):
+    """As of r25.12 in tensorrt_llm_bls; the same in any part, quoted or not."""
+    keys = ("prompt_embedding_table_data_type", "encoder_input_features_data_type", "logits_datatype")
+    for part in PARTS:
+        template = docker / "templates" / part / "config.pbtxt"
+        inputs = [f'input {{ name: "{key}" data_type: ${{{key}}} dims: [ 1 ] }}' for key in keys]
+        template.write_text(template.read_text() + "\n".join(inputs) + "\n")
+    folder = build(docker)
+    for part in PARTS:
+        made = parse((folder / "1/parts" / part / "config.pbtxt").read_text())
+        assert {tensor.name for tensor in made.input} == set(keys)
+
+
+def test_an_image_that_lacks_something_is_refused_before_anything_is_fetched_or_built(docker, monkeypatch):
+    monkeypatch.setenv("LACKS", "trtllm-build has no --kv_cache_type")
+    with pytest.raises(UserError, match=r"step 1/4 probe failed .*trtllm-build has no --kv_cache_type"):
+        build(docker)
+    assert (docker / "log").read_text().count("\n") == 1
+
+
+def test_a_token_reaches_the_container_that_downloads_by_name_only(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    steps = {step.name: shlex.join(step.command) for step in steps_of(order(precision="fp8", weights="hub"))}
+    assert "-e HF_TOKEN" in steps["checkpoint"] and "-e HTTPS_PROXY" in steps["checkpoint"]
+    assert not any("hf_secret" in command for command in steps.values())
+    assert "HF_TOKEN" not in steps["engine"]
 
 
 def test_preflight_stops_before_anything_runs(docker, monkeypatch):
@@ -549,7 +600,7 @@ def test_dry_run_is_golden_and_does_nothing(docker):
     lines = plan_export("phi-2", "tensorrtllm", build=Build(cache=docker / "c", out=docker / "repo"))
     assert lines[0] == f"image: {images()[0].name} (TensorRT-LLM 1.2.1, TensorRT 10.14.1.48, CUDA 13.1)"
     told = dict(line.split(": ", 1) for line in lines)
-    assert list(told) == ["image", "folder", "model.json", "engine", "parts", "hand-over",
+    assert list(told) == ["image", "folder", "model.json", "probe", "parts", "engine", "hand-over",
                           *(f"fill-{part}" for part in PARTS), "repository", "serve"]  # fmt: skip
     work = told["folder"].removeprefix("mkdir -p ").removesuffix("/parts")
     assert f"engine: {told['engine']}".replace(work, "WORK") == GOLDEN
@@ -560,7 +611,7 @@ def test_dry_run_is_golden_and_does_nothing(docker):
 def test_every_printed_command_works_when_it_is_copied(docker):
     """The build by hand ends in the folder in which the export then finds it done, but for its own stamps."""
     lines = plan_export("phi-2", "tensorrtllm", build=Build(cache=docker / "a cache", out=docker / "out"))
-    for name in ("folder", "model.json", "engine", "parts", "hand-over"):
+    for name in ("folder", "model.json", "probe", "parts", "engine", "hand-over"):
         (command,) = (line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: "))
         subprocess.run(["sh", "-eu", "-c", command], check=True)
     (work,) = (docker / "a cache").iterdir()
