@@ -15,6 +15,11 @@ elif [ -f "$launch" ]; then
         "or remove it to export $BACKEND in its place" >&2
     exit 2
 fi
+if [ "$BACKEND" = tensorrt ]; then # torch-tensorrt is in none of the images, and the served container is read-only
+    echo "error: BACKEND=tensorrt has no image here; use torch-compile, or export and serve it on the host" \
+        "(docs/video.md)" >&2
+    exit 2
+fi
 asked="$MODEL --backend $BACKEND --weights $WEIGHTS${EXPORT_ARGS:+ $EXPORT_ARGS}"
 stamp="/models/.exported-$MODEL"
 if [ -f "/models/$MODEL/config.pbtxt" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$asked" ]; then

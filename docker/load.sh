@@ -23,9 +23,12 @@ login() {
     fi
 }
 
-# Containers do not see the server's hardware over HTTP: the label comes from its DCGM exporter, or from this host.
+# Containers do not see the server's hardware over HTTP: the label comes from its DCGM exporter, or, where no GPU is in
+# play, from this host.
 label() {
-    [ -n "${HARDWARE:-}" ] || HARDWARE=$(tritonmark hosts label ${DCGM_URL:+--dcgm "$DCGM_URL"})
+    [ -n "${DCGM_URL:-}" ] || ! getent hosts dcgm >/dev/null || DCGM_URL=http://dcgm:9400
+    [ -n "${HARDWARE:-}" ] ||
+        HARDWARE=$(tritonmark hosts label ${DCGM_URL:+--dcgm "$DCGM_URL"} --triton "$TRITON_URL") || exit 2
     echo "hardware label: $HARDWARE"
 }
 

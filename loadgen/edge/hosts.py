@@ -17,6 +17,7 @@ import ipaddress
 import json
 import re
 import tomllib
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
@@ -114,6 +115,20 @@ def probed_label(dcgm_urls: str, timeout_s: float = 5.0) -> str | None:
         except (OSError, ValueError):
             return None
     return label_of_pages(*pages)
+
+
+def reports_gpus(triton_urls: str, timeout_s: float = 5.0) -> str:
+    """The first of Triton's metrics pages (two ports above HTTP) that has GPUs; empty where none answers or has any."""
+    for url in triton_urls.split(","):
+        try:
+            parts = urllib.parse.urlsplit(url.strip())
+            page = f"http://{_at(parts.hostname or '', (parts.port or HTTP_PORT) + 2)}/metrics"
+            with urllib.request.urlopen(page, timeout=timeout_s) as answer:
+                if b"\nnv_gpu_" in answer.read(MAX_PAGE):
+                    return page
+        except (OSError, ValueError):
+            continue
+    return ""
 
 
 def label_of_pages(*pages: str) -> str | None:

@@ -61,9 +61,15 @@ def prices(file: Path) -> None:
 
 @hosts.command()
 @click.option("--dcgm", help="URL of the server's DCGM exporter, such as http://dcgm:9400; several with commas")
-def label(dcgm: str | None) -> None:
+@click.option("--triton", help="URL of the server: where it reports GPUs, this machine's label is refused")
+def label(dcgm: str | None, triton: str | None) -> None:
     """Print a hardware label: of the host behind --dcgm, or of this machine."""
     if dcgm is None:
+        if triton and (where := inventory.reports_gpus(triton)):
+            raise UserError(
+                f"{where} reports GPUs, so the label of this machine would be another's; give"
+                " --dcgm (in compose DCGM_URL) with the URL of that host's DCGM exporter, or HARDWARE with its label"
+            )
         click.echo(hardware.describe("http://127.0.0.1")["label"])
         return
     probed = inventory.probed_label(dcgm)

@@ -162,3 +162,47 @@ def test_open_hosts_refuse_to_start_without_what_protects_them(override, missing
     command = [COMPOSE, "-f", str(BASE), "-f", str(ROOT / f"deploy/{override}.yml"), "config"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert done.returncode != 0 and f"set {missing} in .env" in done.stderr
+
+
+HUB = {"HF_TOKEN", "HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
+
+
+@pytest.mark.parametrize("service", list(_services()))
+def test_whatever_has_the_hubs_cache_has_its_token_mirror_and_proxies(service):
+    """A gated model was once refused with "set HF_TOKEN" while no container could get it."""
+    downloads = any(str(volume).endswith(":/hub") for volume in service.get("volumes", []))
+    told = set(service.get("environment") or {})
+    assert told >= HUB if downloads else not told & {"HF_TOKEN"}
+
+
+def test_a_token_reaches_the_container_and_no_image():
+    for path in (BASE, ROOT / "deploy/per-gpu.yml"):
+        for name, service in document(path, HF_TOKEN="hf_x")["services"].items():
+            text = json.dumps({k: v for k, v in service.items() if k != "environment"})
+            assert "hf_x" not in text, name
+    for dockerfile in (ROOT / "docker").glob("*.Dockerfile"):
+        assert "HF_TOKEN" not in dockerfile.read_text()
+
+
+def documented():
+    """Every `docker compose` command line of the documents and of the files that say how they are started."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), BASE, *OVERRIDES]
+    found = {line for p in paths for line in re.findall(r"docker compose [^`#\n]*", p.read_text())}
+    return sorted(line.strip() for line in found if re.search(r" (up|run)\b", line))
+
+
+@pytest.mark.parametrize("line", documented())
+def test_every_image_of_ours_that_a_documented_command_starts_is_built_by_it(line):
+    words = line.split()
+    files = [ROOT / words[k + 1] for k, word in enumerate(words) if word in ("-f", "--file")] or [BASE]
+    profiles = {words[k + 1] for k, word in enumerate(words) if word == "--profile"} or set(PROFILES)
+    services = {}
+    for path in files:
+        for name, service in document(path, **SET)["services"].items():
+            services[name] = services.get(name, {}) | service
+    named = words[words.index("run") + 1 :] if "run" in words else []
+    started = {n: s for n, s in services.items() if profiles & set(s.get("profiles", profiles)) or n in named}
+    assert started
+    for name, service in started.items():
+        if service["image"].startswith("tritonmark/"):
+            assert (ROOT / service["build"]["dockerfile"]).is_file(), name

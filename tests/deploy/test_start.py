@@ -98,3 +98,8 @@ def test_an_engine_for_another_folder_is_refused(bench):
     done, called = serve(bench)
     assert done.returncode == 1 and called == []
     assert f"export it again with --served-from {bench}/models" in done.stderr
+
+
+def test_a_backend_without_an_image_is_refused_before_anything_is_exported(bench):
+    done, called = export(bench, BACKEND="tensorrt")
+    assert done.returncode == 2 and "BACKEND=tensorrt has no image" in done.stderr and called == []

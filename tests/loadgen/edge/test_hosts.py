@@ -98,3 +98,29 @@ def test_a_bad_inventory_is_one_clear_line(tmp_path, text, message):
 
 def test_the_example_is_good():
     assert [h.name for h in hosts.read(Path("deploy/hosts.example.toml")).hosts] == ["h100-a", "h100-b"]
+
+
+GPU_PAGE = b'# HELP nv_gpu_power_usage GPU power usage in watts\nnv_gpu_power_usage{gpu_uuid="GPU-1"} 300\n'
+
+
+@pytest.mark.parametrize(("page", "code"), [(GPU_PAGE, 2), (b"# HELP nv_inference_count x\nnv_inference_count 1\n", 0)])
+def test_a_triton_with_gpus_is_never_labelled_as_this_machine(page, code):
+    """Triton's own page: two ports above HTTP; without --dcgm the label once was the CPU's of the load host."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port - 2}"
+        done = CliRunner().invoke(command, ["label", "--triton", url], standalone_mode=False)
+        server.shutdown()
+    assert isinstance(done.exception, UserError) if code else done.output.strip()
+    if code:
+        assert f"{url.rsplit(':', 1)[0]}:{server.server_port}/metrics reports GPUs" in str(done.exception)
