@@ -23,6 +23,7 @@ from exporters.export import export_model
 from exporters.server import TritonServer
 from loadgen.core.scenario import Kind
 from loadgen.edge import report, report_html, scenarios
+from loadgen.edge.about import tool_version
 from loadgen.edge.command_options import arguments
 from loadgen.edge.discovery import Discovery
 from loadgen.edge.launch import Launched, launch
@@ -35,7 +36,7 @@ BENCH_SCENARIOS = ("single_stream", "server", "offline")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="tritonmark")
+@click.version_option(tool_version(), prog_name="tritonmark")
 def cli() -> None:
     """MLPerf-style load tests for NVIDIA Triton: how much of a speed-up is hardware, and how much compiler."""
 
@@ -154,7 +155,7 @@ for command in (*exporters.cli.cli.commands.values(), *loadgen.cli.cli.commands.
 def main() -> None:
     """Runs the command line; a user's mistake becomes one line and exit code 2."""
     try:
-        cli()
+        cli(prog_name="tritonmark")
     except (exporters.errors.UserError, loadgen.edge.errors.UserError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)
