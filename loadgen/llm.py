@@ -12,7 +12,7 @@ from pathlib import Path
 if (checkout := str(Path(__file__).resolve().parents[1])) not in sys.path:
     sys.path.append(checkout)  # it need not be installed, and Locust may be started from any folder
 
-from loadgen.edge.openloop import IdleUser  # noqa: E402
+from loadgen.edge.openloop import IdleUser
 
 
 class LLMUser(IdleUser):
