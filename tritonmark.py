@@ -19,6 +19,7 @@ import exporters.cli
 import exporters.errors
 import loadgen.cli
 import loadgen.edge.errors
+from exporters.doctor import doctor
 from exporters.export import export_model
 from exporters.machine import busy_share
 from exporters.server import TritonServer
@@ -154,7 +155,7 @@ def step(console: Console, text: str) -> None:
     console.print(f"[bold]▸[/bold] {text}", highlight=False)
 
 
-for command in (*exporters.cli.cli.commands.values(), *loadgen.cli.cli.commands.values()):
+for command in (doctor, *exporters.cli.cli.commands.values(), *loadgen.cli.cli.commands.values()):
     cli.add_command(command)
 
 
