@@ -23,6 +23,7 @@ from exporters.doctor import doctor
 from exporters.export import export_model
 from exporters.machine import busy_share
 from exporters.server import TritonServer
+from exporters.stack_cli import init
 from loadgen.core.scenario import Kind
 from loadgen.edge import bench_end, report, report_html, scenarios
 from loadgen.edge.about import tool_version
@@ -155,7 +156,7 @@ def step(console: Console, text: str) -> None:
     console.print(f"[bold]▸[/bold] {text}", highlight=False)
 
 
-for command in (doctor, *exporters.cli.cli.commands.values(), *loadgen.cli.cli.commands.values()):
+for command in (doctor, init, *exporters.cli.cli.commands.values(), *loadgen.cli.cli.commands.values()):
     cli.add_command(command)
 
 

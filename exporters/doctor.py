@@ -42,7 +42,8 @@ class Check:
     advice: str = ""
 
     def line(self) -> str:
-        return f"{self.state:<5}{self.name}: {self.seen}" + (f" → {self.advice}" if self.advice else "")
+        seen = " ".join(self.seen.split())  # text of others may have lines
+        return f"{self.state:<5}{self.name}: {seen}" + (f" → {self.advice}" if self.advice else "")
 
 
 @functools.cache
