@@ -19,6 +19,7 @@ import exporters.cli
 import exporters.errors
 import loadgen.cli
 import loadgen.edge.errors
+from exporters.catalogue import model_names
 from exporters.doctor import doctor
 from exporters.export import export_model
 from exporters.machine import busy_share
@@ -45,7 +46,13 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--model", default="phi-2-tiny", show_default=True, help="catalogue name; see `tritonmark models`")
+@click.option(
+    "--model",
+    default="phi-2-tiny",
+    show_default=True,
+    help="catalogue name; see `tritonmark models`",
+    shell_complete=model_names,
+)
 @click.option("--backend", default="torch-eager", show_default=True)
 @click.option("--weights", default="synthetic", show_default=True, help="synthetic, hub or a folder")
 @click.option(

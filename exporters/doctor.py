@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from exporters import trtllm_images
-from exporters.catalogue import Model, find_model
+from exporters.catalogue import Model, find_model, model_names
 from exporters.doctor_probe import PORTS, Seen, look
 from exporters.errors import UserError
 from exporters.trtllm_images import version
@@ -199,7 +199,11 @@ def tag_of(image: str) -> str:
 @click.command()
 @click.option("--tag", default="", help="Of Triton's image, e.g. 26.07-py3: is the driver new enough for it?")
 @click.option("--image", default="", help="The same, by the image's full name.")
-@click.option("--model", help="Catalogue name; of a gated one, token and licence are checked at the hub.")
+@click.option(
+    "--model",
+    shell_complete=model_names,
+    help="Catalogue name; of a gated one, token and licence are checked at the hub.",
+)
 @click.option(
     "--folder", default=".", show_default=True, type=click.Path(path_type=Path), help="Whose disk is looked at."
 )
