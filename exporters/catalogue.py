@@ -79,6 +79,11 @@ def find_model(name: str) -> Model:
     return catalogue[name]
 
 
+def model_names(_context: Any, _parameter: Any, start: str) -> list[str]:
+    """What a shell offers for a model's name that begins with `start`."""
+    return [name for name in load_catalogue() if name.startswith(start)]
+
+
 def check_parameters(model: Model, config: Any = None) -> None:
     """A UserError unless the installed classes make exactly the parameters that the catalogue says, of each part of a
     pipeline too: otherwise the architecture is not the model's. `config` is that of real weights, else the catalogue's.

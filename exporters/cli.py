@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from exporters.catalogue import load_catalogue
+from exporters.catalogue import load_catalogue, model_names
 from exporters.errors import UserError
 from exporters.export import export_model, plan_export
 from exporters.gpus import find_gpus
@@ -45,7 +45,7 @@ def models(as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", shell_complete=model_names)
 @click.option("--backend", default="torch-eager", show_default=True)
 @click.option("--weights", default="synthetic", show_default=True, help="hub, synthetic, or a folder.")
 @click.option("--out", default="model_repository", show_default=True, type=click.Path(path_type=Path))

@@ -11,7 +11,7 @@ from rich.console import Console
 from loadgen.edge import report
 from loadgen.edge.ab_cli import ab
 from loadgen.edge.check_cli import check
-from loadgen.edge.command_options import arguments, declare
+from loadgen.edge.command_options import arguments, declare, scenario_names
 from loadgen.edge.compare_cli import compare, gpus
 from loadgen.edge.history_cli import history
 from loadgen.edge.hosts_cli import hosts
@@ -29,7 +29,7 @@ def cli() -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("scenario", metavar="SCENARIO")
+@click.argument("scenario", metavar="SCENARIO", shell_complete=scenario_names)
 @declare
 def run(scenario: str, locust_options: tuple[str, ...], **options: Any) -> None:
     """Run one SCENARIO against a Triton server, seal it, print its report.

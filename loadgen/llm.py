@@ -6,6 +6,12 @@
 Add `--processes 2` for two load workers, drop `--headless` for the web UI, or use `--master` and `--worker`.
 """
 
+import sys
+from pathlib import Path
+
+if (checkout := str(Path(__file__).resolve().parents[1])) not in sys.path:
+    sys.path.append(checkout)  # it need not be installed, and Locust may be started from any folder
+
 from loadgen.edge.openloop import IdleUser
 
 

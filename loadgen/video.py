@@ -6,6 +6,12 @@
 What each request asks for is the model's clip; change it with `--clip steps=8,frames=9`.
 """
 
+import sys
+from pathlib import Path
+
+if (checkout := str(Path(__file__).resolve().parents[1])) not in sys.path:
+    sys.path.append(checkout)  # it need not be installed, and Locust may be started from any folder
+
 from loadgen.edge.openloop import IdleUser
 
 

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from loadgen.edge.ab import Experiment
-from loadgen.edge.command_options import arguments
+from loadgen.edge.command_options import arguments, scenario_names
 from loadgen.edge.errors import UserError
 from loadgen.edge.launch import launch
 from loadgen.edge.options import OPTIONS
@@ -30,7 +30,7 @@ def declare(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("scenario", metavar="SCENARIO")
+@click.argument("scenario", metavar="SCENARIO", shell_complete=scenario_names)
 @click.option("--host", "hosts", multiple=True, help="Triton's HTTP address: once for both sides, or A's and then B's")
 @click.option("--model", "models", multiple=True, help="served model: once for both sides, or A's and then B's")
 @click.option("--hardware", "labels", multiple=True, help="label of the server's hardware: once, or A's and then B's")

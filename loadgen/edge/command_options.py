@@ -6,7 +6,13 @@ from typing import Any
 
 import click
 
+from loadgen.edge import scenarios
 from loadgen.edge.options import OPTIONS
+
+
+def scenario_names(_context: Any, _parameter: Any, start: str) -> list[str]:
+    """What a shell offers for a scenario's name that begins with `start`."""
+    return [name for name in scenarios.names() if name.startswith(start)]
 
 
 def declare(command: Any) -> Any:

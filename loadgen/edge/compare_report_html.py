@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from html import escape
-from importlib.metadata import version
 from typing import Any
 
+from loadgen.edge.about import tool_version
 from loadgen.edge.compare_report import Comparison, document
 from loadgen.edge.compare_report_plots import curves, heat_map, rooflines, slopes
 from loadgen.edge.compare_text import Block, blocks
@@ -95,7 +95,7 @@ def _caveats(c: Comparison) -> str:
 
 def _footer(c: Comparison) -> str:
     sealed = escape(json.dumps(document(c), indent=1, ensure_ascii=False))
-    tool = escape(version("tritonmark"))
+    tool = escape(tool_version())
     return ("<footer><h2>Provenance</h2><details><summary>the comparison as JSON</summary>"
             f'<pre>{sealed}</pre></details><p class="soft">Tritonmark {tool}; this file is complete in itself</p>'
             "</footer>")  # fmt: skip

@@ -31,6 +31,7 @@ from loadgen.core.record import NEVER, Rows
 from loadgen.core.scenario import Scenario
 from loadgen.core.verdict import Audit, WorkerAudit
 from loadgen.edge import store
+from loadgen.edge.about import package_version, tool_version
 from loadgen.edge.accuracy import AnswerWriter
 from loadgen.edge.clients.dialects import NATIVE
 from loadgen.edge.clips import write_clips
@@ -304,14 +305,13 @@ def _percentiles(parts: list[np.ndarray]) -> dict[str, float | None]:
 
 def client_facts(workers: int) -> dict[str, Any]:
     """Facts about the load generator's own machine and software that a comparison needs to know."""
-    from importlib.metadata import version
-
     return {
         "host": platform.node(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "workers": workers,
-        "versions": {name: version(name) for name in ("tritonmark", "locust", "gevent", "numpy", "pyarrow")},
+        "versions": {"tritonmark": tool_version()}
+        | {name: package_version(name) for name in ("locust", "gevent", "numpy", "pyarrow")},
         "clock_resolution_ns": round(time.get_clock_info("monotonic").resolution * 1e9),
     }

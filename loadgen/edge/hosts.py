@@ -59,7 +59,9 @@ def read(path: Path) -> Inventory:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); copy deploy/hosts.example.toml") from error
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); copy deploy/hosts.example.toml (`tritonmark init` writes it)"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
     entries = document.get("host")

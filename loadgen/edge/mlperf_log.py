@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +25,7 @@ from loadgen.core.loadgen_text import spell, summary_text
 from loadgen.core.loadgen_verdict import Facts, Value
 from loadgen.core.record import Phase
 from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
+from loadgen.edge.about import tool_version
 from loadgen.edge.mlperf_run import LoadGenView, settings_of, view
 from loadgen.edge.store import Run
 
@@ -37,7 +37,7 @@ PERFORMANCE, ACCURACY = "PerformanceOnly", "AccuracyOnly"
 
 def notice() -> str:
     """Who wrote the files, and what they are not."""
-    return f"written by Tritonmark {version('tritonmark')}, not an MLPerf result"
+    return f"written by Tritonmark {tool_version()}, not an MLPerf result"
 
 
 def write_logs(run: Run, trace_rows: int = TRACE_ROWS) -> None:

@@ -12,11 +12,11 @@ import importlib.resources
 import json
 from collections.abc import Callable, Sequence
 from html import escape
-from importlib.metadata import version
 from typing import Any
 
 from loadgen.core.metrics import METRICS, metrics_of
 from loadgen.edge import physics, report_data, report_telemetry
+from loadgen.edge.about import tool_version
 from loadgen.edge.report_data import FAILED, Row, Section
 from loadgen.edge.report_plots import COLOURS, distributions, over_time
 from loadgen.edge.report_series import series
@@ -251,7 +251,7 @@ def _footer(runs: Sequence[Run]) -> str:
     return "".join(
         [
             *out,
-            f'<p class="soft">Tritonmark {escape(version("tritonmark"))}; this file is complete in itself</p></footer>',
+            f'<p class="soft">Tritonmark {escape(tool_version())}; this file is complete in itself</p></footer>',
         ]
     )
 

@@ -18,7 +18,7 @@ from loadgen.core.scenario import EQUAL_ISSUE, Kind, Scenario
 from loadgen.core.search import Done, Plan
 from loadgen.core.sweep import order
 from loadgen.edge import scenarios
-from loadgen.edge.command_options import declare
+from loadgen.edge.command_options import declare, scenario_names
 from loadgen.edge.errors import UserError
 from loadgen.edge.journal import Journal
 from loadgen.edge.options import OPTIONS
@@ -33,7 +33,7 @@ ON_HOLD = "interrupted; run the same command again to go on ({path})"
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("scenario", metavar="SCENARIO")
+@click.argument("scenario", metavar="SCENARIO", shell_complete=scenario_names)
 @click.option("--max-qps", type=float, help="never try a higher rate")
 @click.option("--max-concurrency", type=int, help="never try more requests in flight")
 @click.option("--goodput", type=float, help="share of requests that must meet all limits jointly, such as 0.99")
@@ -73,7 +73,7 @@ def search(
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("scenario", metavar="SCENARIO")
+@click.argument("scenario", metavar="SCENARIO", shell_complete=scenario_names)
 @click.option("--rates", help="arrival rates, such as 1,2,4,8")
 @click.option("--concurrencies", help="requests in flight, such as 1,2,4,8,16")
 @click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="runs at each point")
