@@ -1,13 +1,14 @@
 """Every option that our own texts name can be typed: messages, advice, docstrings, comments."""
 
-import argparse
 import ast
 import re
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import click
 import pytest
-from locust.argument_parser import get_parser
 
 import tritonmark
 from loadgen.edge.options import OPTIONS
@@ -33,9 +34,11 @@ def ours() -> set[str]:
     return of(tritonmark.cli) | {o.flag for o in OPTIONS} | {"--help"}
 
 
+@cache
 def locusts() -> set[str]:
-    parser: argparse.ArgumentParser = get_parser()
-    return {name for action in parser._actions for name in action.option_strings}
+    """By Locust's own --help, in a process of its own: importing it here would patch the threads of the test run."""
+    done = subprocess.run([sys.executable, "-m", "locust", "--help"], capture_output=True, text=True, check=True)
+    return set(OPTION.findall(done.stdout))
 
 
 def named(text: str) -> set[str]:
