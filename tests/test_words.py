@@ -18,6 +18,8 @@ OPTION = re.compile(r"(?<![\w-])(?<!var\()--[a-z][a-z0-9_-]*[a-z0-9]")
 # Options of programs that a sentence names, beside our own and Locust's.
 OTHERS = {
     "--force-reinstall": "pip",
+    "--runtime": "nvidia-ctk",
+    "--build": "docker compose up",
     "--model_config": "trtllm-build",
     "--dtype": "MLCommons' accuracy scripts",
     "--server": "loadgen.edge.telemetry_sampler, which only we start",
