@@ -29,7 +29,7 @@ from locust.runners import STATE_MISSING, MasterRunner, WorkerRunner
 
 from loadgen.core.record import Outcome, Record
 from loadgen.core.scenario import Scenario
-from loadgen.edge import clocks, comparison, hardware, scenarios, servers
+from loadgen.edge import clocks, comparison, hardware, scenarios, servers, web_form
 from loadgen.edge.clients.dialects import dialect_of
 from loadgen.edge.conductor import Conductor
 from loadgen.edge.errors import UserError
@@ -63,7 +63,7 @@ def add_options(parser: LocustArgumentParser, **_: Any) -> None:
     """The options of `locust -f loadgen/llm.py`; they appear in the web UI as well."""
     for option in OPTIONS:  # not in a group of their own: Locust would leave those out of the web UI
         parser.add_argument(
-            option.flag, type=option.type, default=option.default, choices=option.choices, help=option.help
+            option.flag, type=option.type, default=option.default, choices=option.form_choices, help=option.help
         )
 
 
@@ -82,6 +82,8 @@ def connect(environment: Environment, **_: Any) -> None:
         sys.exit(2)
     if control is None:
         return
+    if environment.web_ui:
+        web_form.attach(environment, control.prepare)
     if environment.parsed_options.headless:
         # Locust's own timer would stop the test while answers are still due, and its stop() walks the whole call
         # stack: 100 ms in which no arrival is stamped. The run ends itself.
@@ -202,7 +204,8 @@ class Control:
     def prepare(self) -> tuple[Scenario, dict[str, Any]]:
         """The resolved scenario and all that is known of server, model and hardware. Raises UserError."""
         options: Namespace = self.environment.parsed_options
-        overrides = {o.override: getattr(options, o.dest) for o in OPTIONS if o.override}
+        telemetry_settings(options)
+        overrides = {o.override: o.of(options) for o in OPTIONS if o.override}
         overrides["duration_s"] = seconds(options.run_time or self.run_time)
         scenario = scenarios.resolve(options.scenario, options.model, options.preset, overrides)
         library = PromptLibrary(scenario.prompts, scenario)

@@ -9,6 +9,7 @@ from typing import Any
 from loadgen.core.scenario import SAMPLE_ORDERS
 from loadgen.edge import scenarios
 
+DEFAULT = "default"  # the first of the choices of a select on the web page, where an option has no default of its own
 PROGRESS_FD = "TRITONMARK_PROGRESS_FD"  # where a load process finds the pipe for its progress lines, if there is one
 
 
@@ -26,6 +27,18 @@ class Option:
     @property
     def dest(self) -> str:
         return self.flag[2:].replace("-", "_")
+
+    @property
+    def form_choices(self) -> tuple[str, ...] | None:
+        """Choices as Locust's parser and page have them: a page sends the first of a list that has no default."""
+        if self.choices is None or self.default is not None:
+            return self.choices and tuple(self.choices)
+        return (DEFAULT, *self.choices)
+
+    def of(self, options: Any) -> Any:
+        """Its value among parsed options; None where the default is asked for by name."""
+        value = getattr(options, self.dest)
+        return None if value == DEFAULT and self.choices else value
 
 
 OPTIONS: tuple[Option, ...] = (
