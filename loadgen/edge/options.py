@@ -95,6 +95,6 @@ OPTIONS: tuple[Option, ...] = (
     Option("--telemetry-hz", "samples per second of NVML and host", float, default=5.0),
     Option("--gpus", "GPUs of the host that serve, such as 0,1: only they are described, and their energy counts"
            " (default: all are described, those that worked count)"),
-    Option("--server-metrics", "Triton's metrics page: auto (port 8002, or HTTP port + 2), a URL (one a server) or off",
+    Option("--server-metrics", "Triton's metrics page: auto (HTTP port + 2, or 8002), a URL (one a server) or off",
            default="auto"),
 )  # fmt: skip

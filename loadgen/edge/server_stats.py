@@ -31,13 +31,14 @@ Track = Sequence[tuple[int, float]]  # (ns from T0, value), when it changed
 
 
 def metrics_url(host: str, wanted: str) -> str | None:
-    """The metrics page of the server at `host`: `wanted` if it is a URL, else Triton's usual ports are tried."""
+    """The metrics page of the server at `host`: `wanted` if it is a URL, else the port that belongs to it (HTTP + 2, as
+    every layout here has it) and then Triton's usual one, which may be another server's."""
     if wanted == "off":
         return None
     if wanted != "auto":
         return wanted
     parts = urlsplit(host)
-    ports = dict.fromkeys([8002, (parts.port or 8000) + 2])
+    ports = dict.fromkeys([(parts.port or 8000) + 2, 8002])
     for port in ports:
         url = f"http://{parts.hostname}:{port}/metrics"
         try:

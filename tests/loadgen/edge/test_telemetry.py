@@ -326,3 +326,10 @@ def test_others_on_the_server_are_noticed():
 def test_a_server_without_statistics():
     seen = described(None, None, decoupled=False)
     assert seen["requests"] is None and len(seen["unknown"]) == 2
+
+
+@pytest.mark.parametrize(("host", "page"), [("http://h:8010", 8012), ("http://h:8000", 8002), ("http://h", 8002)])
+def test_the_metrics_page_is_the_servers_own_when_another_server_answers_too(monkeypatch, host, page):
+    """deploy/per-gpu.yml has Tritons on 8000 and 8010 of one host: the second's runs once had the first's counts."""
+    monkeypatch.setattr(server_stats, "scrape", lambda url: "nv_inference_count 1\n")
+    assert server_stats.metrics_url(host, "auto") == f"http://h:{page}/metrics"
