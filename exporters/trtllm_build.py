@@ -69,7 +69,8 @@ def run_steps(
         done = stamp.is_file() and stamp.read_text() == digest
         if done and not fresh and all((work / path).exists() for path in step.makes):
             tell(f"{label}: done before")
-            after.get(step.name, _nothing)()
+            if check := after.get(step.name):
+                check()
             continue
         fresh = True  # what comes after is made anew too
         stamp.unlink(missing_ok=True)
@@ -80,11 +81,8 @@ def run_steps(
             raise UserError(f"{label} ended well but made no {missing[0]}; its log is {work / 'logs' / step.name}.log")
         stamp.write_text(digest)
         tell(f"{label}: {time.monotonic() - started:.1f} s")
-        after.get(step.name, _nothing)()
-
-
-def _nothing() -> None:
-    pass
+        if check := after.get(step.name):
+            check()
 
 
 def _digest(before: str, step: Step, work: Path) -> str:

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from loadgen.core.scenario import Kind, Limits, Minimums, Scenario, Seeds
 
 HERE = Path(__file__).parent
 ALONE = (HERE / "loadgen" / "edge", HERE / "fakes", HERE / "test_main_job.py")
@@ -42,3 +45,17 @@ def fake_triton(_fake_triton_process):  # type: ignore[no-untyped-def]
     """A fake Triton in its own process, with an empty plan and log. See tests/fakes/triton_server.py."""
     _fake_triton_process.plan({})
     return _fake_triton_process
+
+
+@pytest.fixture
+def scenario():
+    """Makes a scenario without limits and minimums, but for what a test sets."""
+
+    def make(**changes: Any) -> Scenario:
+        base: dict[str, Any] = {
+            "name": "test", "kind": Kind.SERVER, "preset": "smoke", "rules": "v6.1", "benchmark": "llama3.1-8b",
+            "percentile": 0.99, "limits": Limits(), "minimums": Minimums(), "mlperf": Minimums(), "seeds": Seeds(1, 2, 3),
+        }  # fmt: skip
+        return Scenario(**{**base, **changes})
+
+    return make

@@ -27,6 +27,7 @@ from typing import Any
 
 from loadgen.edge.errors import UserError
 from loadgen.edge.hardware_catalogue import of_label
+from loadgen.edge.telemetry_sources import Missing, scrape
 from loadgen.edge.text_file import write
 
 # as docker-compose.yml and deploy/per-gpu.yml publish them
@@ -119,16 +120,15 @@ def probed_label(dcgm_urls: str, timeout_s: float = 5.0) -> str | None:
     return label_of_pages(*pages)
 
 
-def reports_gpus(triton_urls: str, timeout_s: float = 5.0) -> str:
+def reports_gpus(triton_urls: str) -> str:
     """The first of Triton's metrics pages (two ports above HTTP) that has GPUs; empty where none answers or has any."""
     for url in triton_urls.split(","):
         try:
             parts = urllib.parse.urlsplit(url.strip())
             page = f"http://{_at(parts.hostname or '', (parts.port or HTTP_PORT) + 2)}/metrics"
-            with urllib.request.urlopen(page, timeout=timeout_s) as answer:
-                if b"\nnv_gpu_" in answer.read(MAX_PAGE):
-                    return page
-        except (OSError, ValueError):
+            if "\nnv_gpu_" in scrape(page):
+                return page
+        except (Missing, ValueError):
             continue
     return ""
 

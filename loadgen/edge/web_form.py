@@ -56,6 +56,13 @@ def apply(form: Mapping[str, str], options: Namespace, started: Mapping[str, Any
     return mine
 
 
+def _seconds(run_time: str) -> int:
+    try:
+        return parse_timespan(run_time)
+    except ValueError:
+        raise UserError(f"the run time is {run_time!r}; write it as 20, 20s, 3m, 2h or 1h20m") from None
+
+
 def attach(environment: Environment, check: Callable[[], Any]) -> None:
     """Reads and checks each posted form; what `check` refuses is said on the page, and nothing starts or is lost."""
     started = dict(vars(environment.parsed_options))
@@ -72,9 +79,9 @@ def attach(environment: Environment, check: Callable[[], Any]) -> None:
             mine = apply(request.form, options, started)
             environment.host = request.form.get("host") or host
             if run_time := request.form.get("run_time"):
-                options.run_time = parse_timespan(run_time)
+                options.run_time = _seconds(run_time)
             check()
-        except (UserError, ValueError) as error:
+        except UserError as error:
             vars(options).clear()
             vars(options).update(before)
             environment.host = host
